@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moiety.config.running_systems import NONE_RUNS, RunningSystem, chosen, running_systems
+from moiety.config.running_systems import RunningSystem, chosen, none_runs, running_systems
 from moiety.errors import FailedPrecondition, Unavailable
 
 
@@ -25,7 +25,7 @@ def gateway_address(address: str | None, app: str | None, default: str) -> Gatew
         return GatewayAddress(address)
     if (system := _local(app)) is not None:
         return GatewayAddress(system.grpc[0])
-    return GatewayAddress(default, f"; {NONE_RUNS}: start one, or name its gateway with --address HOST:PORT")
+    return GatewayAddress(default, f"; {none_runs()}: start one, or name its gateway with --address HOST:PORT")
 
 
 def http_url(url: str | None, app: str | None, default: str) -> str:
@@ -44,5 +44,5 @@ def _local(app: str | None) -> RunningSystem | None:
     if system is not None and not system.ready:
         raise Unavailable(f"{system} is not ready yet: `moiety status --watch` shows how far it is")
     if system is None and app is not None:
-        raise FailedPrecondition(f"--app {app}: {NONE_RUNS}")
+        raise FailedPrecondition(f"--app {app}: {none_runs()}")
     return system

@@ -9,7 +9,7 @@ from itertools import chain
 import click
 
 from moiety.cli.run import signals_interrupt
-from moiety.config.running_systems import NONE_RUNS, chosen, is_running, running_systems
+from moiety.config.running_systems import chosen, is_running, none_runs, running_systems
 from moiety.core.text import for_terminal
 from moiety.errors import FailedPrecondition
 
@@ -39,16 +39,22 @@ def logs(deployment: str | None, follow: bool, lines: int, app: str | None) -> N
     system = chosen(running_systems(), app)
     if system is None:
         raise FailedPrecondition(
-            f"{NONE_RUNS}. On a cluster each node keeps the logs of its replicas: `moiety status --registry URL` says where"
+            f"{none_runs()}. On a cluster each node keeps the logs of its replicas: `moiety status --registry URL` says where"
         )
     if (folder := log_folder(system)) is None:
         raise FailedPrecondition(f"{system}: its Ray keeps no logs in a folder of this machine that this command knows")
+    if system.ready and not folder.is_dir():
+        raise FailedPrecondition(f"{system}: its folder of logs is gone: {folder}: a new `moiety serve` makes another")
     if system.ray_address:
         click.echo(
             f"this machine's replicas only: the other nodes of {system.ray_address} keep their own logs", err=True
         )
     with signals_interrupt(), closing(LogReader(folder, system.app, deployment)) as reader:
+        printed = False
         for line in chain(
             reader.last(lines), reader.follow(lambda: is_running(system)) if follow else reader.unfinished()
         ):
+            printed = True
             click.echo(for_terminal(line) if sys.stdout.isatty() else line)
+        if not (printed or follow) and lines:
+            click.echo(f"{system}: no log has a line yet in {folder}; --follow waits for some", err=True)

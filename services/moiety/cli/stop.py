@@ -6,7 +6,7 @@ import click
 
 from moiety.cli.arguments import FiniteRange
 from moiety.cli.run import progress, run_async, signals_interrupt
-from moiety.config.running_systems import NONE_RUNS, chosen, running_systems
+from moiety.config.running_systems import chosen, none_runs, running_systems
 from moiety.errors import FailedPrecondition
 
 
@@ -50,5 +50,5 @@ def stop(app: str | None, now: bool, timeout_s: float | None, ray_address: str |
 
     system = chosen(running_systems(), app)
     if system is None:
-        raise FailedPrecondition(f"{NONE_RUNS}. One on a Ray cluster ends with --ray-address HOST:PORT or auto")
+        raise FailedPrecondition(f"{none_runs()}. One on a Ray cluster ends with --ray-address HOST:PORT or auto")
     run_async(stop_system(system, now=now, timeout_s=timeout_s, progress=progress()))

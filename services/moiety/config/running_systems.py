@@ -26,7 +26,6 @@ from moiety.core.system import SystemId
 from moiety.errors import FailedPrecondition
 
 SUFFIX = ".json"
-NONE_RUNS = "no system that `moiety serve` started runs on this machine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +108,15 @@ def recorded(app: str, model: str, say: Callable[[str], None], **known: Any) -> 
         yield record.update
     finally:
         record.remove()
+
+
+def none_runs() -> str:
+    """Says that `running_systems` found none, and why it could not look where the folder cannot be used."""
+    try:
+        runtime_folder()
+    except (OSError, FailedPrecondition) as error:
+        return f"no system that `moiety serve` started can be seen on this machine ({error})"
+    return "no system that `moiety serve` started runs on this machine"
 
 
 def running_systems() -> tuple[RunningSystem, ...]:

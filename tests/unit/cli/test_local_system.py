@@ -163,6 +163,26 @@ def test_none_runs(words: list[str], moiety: Callable, monkeypatch: pytest.Monke
     assert outcome.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("words", [["status"], ["stop"], ["logs"], ["generate", "x"]], ids=" ".join)
+@pytest.mark.parametrize("kind", ["open", "link"])
+def test_a_folder_of_records_that_cannot_be_trusted_is_named(
+    kind: str, words: list[str], moiety: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A system may run and not be seen: one line names the folder that others may change, and what to do."""
+    monkeypatch.setattr("moiety.cli.generate.DEFAULT_ADDRESS", "127.0.0.1:1")
+    folder = tmp_path / "moiety"
+    if kind == "open":
+        folder.mkdir()
+        folder.chmod(0o755)
+    else:
+        folder.symlink_to(tmp_path)
+    outcome = moiety(*words)
+    assert outcome.status == 1
+    assert f"can be seen on this machine ({'folder ' if kind == 'open' else ''}{folder}" in outcome.err
+    assert "set XDG_RUNTIME_DIR or TMPDIR to another" in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
 def test_stop_waits_until_it_is_gone(ending: Callable, moiety: Callable) -> None:
     """`stop` ends the process by SIGTERM and returns once it is gone; a second one finds nothing to stop."""
     process = ending("first")
@@ -184,10 +204,15 @@ def test_stop_now_and_a_limit(ending: Callable, moiety: Callable) -> None:
 
 
 def test_logs_of_the_system_here(here: Update, moiety: Callable, tmp_path: Path) -> None:
-    """`logs` prints what the replicas of the recorded system wrote: nothing as it starts; an unknown folder is an error."""
+    """`logs` prints what the replicas of the recorded system wrote, or says why it prints nothing."""
     assert "keeps no logs in a folder of this machine" in moiety("logs").err
-    here(logs=str(tmp_path / "later"))
-    assert (moiety("logs").status, moiety("logs").out) == (0, "")
+    here(logs=str(tmp_path / "gone"))
+    assert f"its folder of logs is gone: {tmp_path / 'gone'}" in moiety("logs").err
+    here(ready=False)
+    starts = moiety("logs")
+    assert (starts.status, starts.out) == (0, "")
+    assert "no log has a line yet" in starts.err
+    here(ready=True)
     (tmp_path / "serve").mkdir()
     (tmp_path / "serve" / "replica_local_router_2obnzzzv.log").write_text("why\n")
     here(logs=str(tmp_path))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from moiety.config.application import AppSettings
 from moiety.config.registry_url import without_secrets
-from moiety.config.running_systems import NONE_RUNS, RunningSystem, chosen, running_systems
+from moiety.config.running_systems import RunningSystem, chosen, none_runs, running_systems
 from moiety.core.system import SystemId
 from moiety.errors import FailedPrecondition, RegistryUnreachable, Unavailable
 from moiety.registry.connect import live_systems
@@ -46,15 +46,19 @@ async def find_system(settings: AppSettings, part: str) -> FoundSystem:
         elif not (live := await live_systems(local.registry, local.app)):
             return FoundSystem(local.registry, None, local)
         return FoundSystem(local.registry, chosen_system(live, local.app, part), local)
+    advice = "start a system, or name its registry with --registry"
     try:
-        system = chosen_system(await live_systems(url, settings.app), settings.app, part)
+        live = await live_systems(url, settings.app)
     except RegistryUnreachable:
         if "registry" in given:
             raise
         raise RegistryUnreachable(
-            f"{NONE_RUNS}, and no registry answers at {without_secrets(url)}: "
-            "start a system, or name its registry with --registry"
+            f"{none_runs()}, and no registry answers at {without_secrets(url)}: {advice}"
         ) from None
+    if not live and "registry" not in given:
+        there = f"the registry at {without_secrets(url)} lists none of application {settings.app}"
+        raise FailedPrecondition(f"{none_runs()}, and {there}: {advice}")
+    system = chosen_system(live, settings.app, part)
     local = next((one for one in running_systems() if one.system == str(system)), None)
     return FoundSystem(url, system, local)
 
