@@ -35,11 +35,30 @@ def test_a_batch_serves_its_own_model(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "start:" not in capsys.readouterr().err
 
 
+def test_a_model_without_a_tokenizer_takes_token_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """With --skip-tokenizer a batch of token ids is answered with token ids, and a text is refused with the reason."""
+    folder = write_tiny("qwen3_moe", tmp_path / "bare")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    bodies = [{"prompt": prompt, "max_tokens": 4, "return_token_ids": True} for prompt in ([5, 6, 7], "text")]
+    lines = [
+        {"custom_id": f"r{place}", "method": "POST", "url": "/v1/completions", "body": body}
+        for place, body in enumerate(bodies)
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    files = [str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]
+    assert run(["batch", *files, "--model", str(folder), "--groups", "1", "--skip-tokenizer"]) == 1, capsys.readouterr().err
+    answer = json.loads((tmp_path / "out.jsonl").read_text())
+    assert len(answer["response"]["body"]["choices"][0]["token_ids"]) == 4
+    assert "this gateway has no tokenizer" in (tmp_path / "out.errors.jsonl").read_text()
+
+
 def test_one_server_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """--url and --model exclude each other, and --revision needs --model."""
+    """--url and --model exclude each other; --revision and --skip-tokenizer need --model."""
     (tmp_path / "in.jsonl").write_text("")
     files = [str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]
     assert run(["batch", *files, "--model", str(tmp_path), "--url", "http://127.0.0.1:1"]) == 2
     assert "exclude each other" in capsys.readouterr().err
-    assert run(["batch", *files, "--revision", "main"]) == 2
-    assert "needs --model" in capsys.readouterr().err
+    for words in (["--revision", "main"], ["--skip-tokenizer"]):
+        assert run(["batch", *files, *words]) == 2
+        assert f"{words[0]} needs --model" in capsys.readouterr().err

@@ -47,6 +47,11 @@ DEFAULT_URL = f"http://127.0.0.1:{DEFAULT_HTTP_PORT}"
 @revision_option
 @groups_option
 @dtype_option("auto")
+@click.option(
+    "--skip-tokenizer",
+    is_flag=True,
+    help="With --model: prompts and outputs are token ids only, and the checkpoint needs no tokenizer.",
+)
 @api_key_option
 @click.option("--concurrency", type=click.IntRange(1, 65536), default=32, help="Requests at once.")
 @request_timeout_option
@@ -78,6 +83,7 @@ def batch(
     hub_revision: str | None,
     groups: int,
     dtype: str,
+    skip_tokenizer: bool,
     api_key: str | None,
     concurrency: int,
     timeout_s: float,
@@ -95,8 +101,8 @@ def batch(
     server is asked again after the delay that it names. If the server is away for longer than --patience, the run ends, and
     the rest stays unsent. Exit status 1 if a request failed.
 
-    With --model, the command serves the checkpoint itself, by processes of this machine that end with it; --groups and
-    --dtype are about these. The model's name in a body, where there is one, is then the id, or the folder's name.
+    With --model, the command serves the checkpoint itself, by processes of this machine that end with it; --groups,
+    --dtype and --skip-tokenizer are about these. The model's name in a body, where there is one, is then the id, or the folder's name.
 
     \b
     Lines of INPUT and OUTPUT:
@@ -115,8 +121,8 @@ def batch(
             raise click.UsageError("--url and --model exclude each other")
         folder = local_model(model, hub_revision)
         check_first(folder, groups=groups)
-    elif hub_revision is not None:
-        raise click.UsageError("--revision needs --model")
+    elif hub_revision is not None or skip_tokenizer:
+        raise click.UsageError(f"{'--skip-tokenizer' if skip_tokenizer else '--revision'} needs --model")
     from moiety.tools.batch.answer import Patience
     from moiety.tools.batch.batch import BatchRun, BatchWork
     from moiety.tools.batch.server import local_server, running_server
@@ -126,7 +132,8 @@ def batch(
         server = running_server(http_url(url, app, DEFAULT_URL))
     else:
         name = "" if Path(model).is_dir() else model  # the folder of an id is named after a commit
-        server = local_server(folder, served_name=name, say=show, groups=groups, dtype=dtype)
+        gateway = {"served_name": name, "skip_tokenizer": skip_tokenizer}
+        server = local_server(folder, gateway, say=show, groups=groups, dtype=dtype)
     work = BatchWork(
         input_file,
         output_file,

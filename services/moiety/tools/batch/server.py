@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any
 
@@ -15,16 +15,15 @@ def running_server(url: str) -> OpenServer:
 
 
 def local_server(
-    model: str, *, served_name: str = "", say: Callable[[str], None] = lambda _: None, **options: Any
+    model: str, gateway: Mapping[str, Any], *, say: Callable[[str], None] = lambda _: None, **options: Any
 ) -> OpenServer:
-    """Returns what serves the checkpoint folder `model` on this machine. `options` are those of LocalCluster."""
+    """Returns what serves the checkpoint folder `model` on this machine. `gateway`, `options`: those of LocalCluster."""
 
     @asynccontextmanager
     async def server() -> AsyncIterator[str]:
         from moiety.local.cluster import LocalCluster
 
         say(f"start: {model}")
-        gateway = {"served_name": served_name}
         async with LocalCluster(model, gateway=gateway, **options) as cluster:
             yield f"http://{cluster.http_address}"
 

@@ -24,6 +24,15 @@ _REFUSED = (
     "include_stop_str_in_output",
     "thinking_token_budget",
 )
+# What a value must be, by pydantic's name of the error. Other errors keep pydantic's words.
+_BOUNDS = {
+    "bool_type": "true or false",
+    "int_type": "an integer",
+    "float_type": "a number",
+    "string_type": "a text",
+    "list_type": "a list",
+    "model_type": "an object",
+}
 
 
 class Body(BaseModel):
@@ -43,11 +52,9 @@ class Body(BaseModel):
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False)[0]
             name = ".".join(str(part) for part in first["loc"])
-            bound = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
             if first["type"] == "missing":
                 raise InvalidRequest(name, None, "present") from None
-            if first["type"] == "model_type":
-                bound = "an object"
+            bound = _BOUNDS.get(first["type"]) or first["msg"].removeprefix("Input should be ")
             raise InvalidRequest(name, shown(first["input"]), bound) from None
 
 
