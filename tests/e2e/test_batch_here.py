@@ -47,7 +47,9 @@ def test_a_model_without_a_tokenizer_takes_token_ids(tmp_path: Path, capsys: pyt
     ]
     (tmp_path / "in.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     files = [str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]
-    assert run(["batch", *files, "--model", str(folder), "--groups", "1", "--skip-tokenizer"]) == 1, capsys.readouterr().err
+    assert run(["batch", *files, "--model", str(folder), "--groups", "1", "--skip-tokenizer"]) == 1, (
+        capsys.readouterr().err
+    )
     answer = json.loads((tmp_path / "out.jsonl").read_text())
     assert len(answer["response"]["body"]["choices"][0]["token_ids"]) == 4
     assert "this gateway has no tokenizer" in (tmp_path / "out.errors.jsonl").read_text()

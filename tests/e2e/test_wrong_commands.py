@@ -62,6 +62,7 @@ COMMANDS = (
     Wrong("serve {model} --ray-address {nobody} " + FREE, r"--ray-address {nobody}: no Ray answers", alone=True),
     Wrong("serve {model} --registry redis://:hunter2@{nobody}/0 " + FREE, "registry redis://{nobody}/0"),
     Wrong("serve {model} --config {serve_yaml}", "is a configuration of Ray Serve"),
+    Wrong("serve {model} --config {twice_yaml}", "'groups' stands here a second time"),
     Wrong("inspect {model} --memory abc", "'abc': must be a number of bytes, such as 24GiB", USAGE),
     Wrong("quantize {model} --memory 1KiB --out {folder}/q", "memory = 1024: must be at least"),
     Wrong("parity {model} --groups 50", "groups = 50: must be 1 to 8, the model's experts per layer", alone=True),
@@ -82,6 +83,8 @@ def places(tiny: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.Monke
         '{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}'
     )
     files["serve_yaml"].write_text("applications: [{name: moiety, import_path: 'moiety.deploy.app:build'}]")
+    files["twice_yaml"] = tmp_path / "twice.yaml"
+    files["twice_yaml"].write_text("groups: 1\ngroups: 2")
     (tmp_path / "empty").mkdir()
     without = shutil.ignore_patterns("tokenizer*")
     bare = shutil.copytree(tiny("mixtral"), tmp_path / "bare", ignore=without)

@@ -246,7 +246,7 @@ class Scaling(Options):
     num_cpus: Cpus = 1.0
     num_gpus: float = Field(default=0.0, ge=0)
     """Ray GPUs per replica."""
-    resources: Mapping[str, Annotated[float, BeforeValidator(_no_flag), Field(gt=0)]] = Field(default_factory=dict)
+    resources: Mapping[str, Annotated[float, Field(gt=0), BeforeValidator(_no_flag)]] = Field(default_factory=dict)
     """Ray's other resources per replica, which choose the node: {"node:__internal_head__": 0.001} = the head."""
     target_busy: float = Field(default=0.6, gt=0, le=1)
     """Busy fraction that scaling aims at, 0 to 1."""

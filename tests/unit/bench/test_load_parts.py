@@ -143,7 +143,7 @@ def test_trace(tmp_path: Path) -> None:
         ("[1]", r"line 2 = '\[1\]': must be a JSON object"),
         ('{"timestamp": 1, "input_length": 1, "output_length": 1}', "line 2: timestamp = 1: .* line before"),
         ('{"timestamp": 9, "input_length": 0, "output_length": 1}', "line 2: input_length = 0"),
-        ('{"timestamp": 9, "input_length": 1}', "line 2: output_length = None"),
+        ('{"timestamp": 9, "input_length": 1}', "line 2: output_length = null"),
         ('{"timestamp": 9, "input_length": 1, "output_length": 1, "hash_ids": ["x"]}', "line 2: hash_ids"),
     ],
 )

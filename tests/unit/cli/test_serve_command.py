@@ -117,7 +117,10 @@ def test_a_text_may_look_like_a_number(tiny: Callable[[str], str]) -> None:
         ("slots=4", 1, "error: setting slots: unknown; did you mean router.slots?"),
         ("overrides.experts-7.max_replicas=8", 1, "experts-7: no such expert group or hot set; there are experts-0 to"),
         ("router.slots", 2, "must be NAME=VALUE, such as router.slots=64"),
-        ("router.slots={", 2, "must be a value as in YAML"),
+        ("router.slots={", 2, "must be a value as in YAML; line 1, column 2"),
+        ("router={slots: 1, slots: 2}", 2, "'slots' stands here a second time"),
+        ("router.slots=true", 1, "router.slots = true: must be a whole number from 1 to 4096"),
+        ("ROUTER.SLOTS=3", 1, "did you mean router.slots?"),
     ],
 )
 def test_wrong_assignments(

@@ -131,7 +131,7 @@ BAD: dict[str, tuple[dict[str, Any], grpc.StatusCode, list[str]]] = {
     "a guide of no kind": ({"guide": {}}, INVALID, ["sampling.guide", "json_schema, regex, grammar"]),
     "empty guide": ({"guide": {"regex": ""}}, INVALID, ["sampling.guide.regex = ''", "1 to 65536 characters"]),
     "huge guide": ({"guide": {"grammar": "x" * 70_000}}, INVALID, ["sampling.guide.grammar", "1 to 65536 characters"]),
-    "a guide without an end": ({"guide": {"regex": "a"}, "ignore_eos": True}, INVALID, ["sampling.ignore_eos = True"]),
+    "a guide without an end": ({"guide": {"regex": "a"}, "ignore_eos": True}, INVALID, ["sampling.ignore_eos = true"]),
     "absurd priority": ({"priority": 101}, INVALID, ["priority = 101", "-100 to 100"]),
     "huge tenant": ({"tenant": "x" * 129}, INVALID, ["tenant", "at most 128 characters"]),
     "unknown model": ({"model": "gpt-9"}, MISSING, ["'gpt-9'", "'fake'"]),

@@ -44,7 +44,7 @@ def test_lines_are_read(tmp_path: Path) -> None:
         (json.dumps(LINE | {"url": "http://elsewhere/v1/x"}), "line 2: url = "),
         (json.dumps(LINE | {"url": "/v1/../admin"}), "line 2: url = "),
         (json.dumps(LINE | {"body": "x"}), "line 2: body = 'x'"),
-        (json.dumps(LINE | {"body": {"stream": True}}), r"line 2: body\.stream = True"),
+        (json.dumps(LINE | {"body": {"stream": True}}), r"line 2: body\.stream = true"),
         (json.dumps(LINE), "line 2: custom_id = 'a': must be unique, but line 1 has it too"),
     ],
 )
