@@ -25,20 +25,16 @@ def validated(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
         first = error.errors()[0]
     place, why, value = first["loc"], first["type"], first["input"]
     name = ".".join(str(part) for part in place if part != "[key]")  # pydantic's mark of a mapping's key
-    if why == "extra_forbidden":
-        raise ConfigError(
-            name, NOT_SHOWN, _unknown(kind, name, value)
-        )  # the value may be a secret under a misspelt name
+    if why == "extra_forbidden":  # the value may be a secret under a misspelt name
+        raise ConfigError(name, NOT_SHOWN, _unknown(kind, name, value))
     if why == "missing":  # its "input" is everything that was given
         raise ConfigError(name, NOT_SHOWN, "must be given")
     if why == "invalid_key" or place[-1] == "[key]":
         raise ConfigError(name, NOT_SHOWN, "the name of a setting must be a text: put a number in quotes")
     bound = f"must be {bound_of(_declaration(kind, place))}"
-    # A mapping or a list may be large, hold itself, or a secret under a misspelt name.
-    if isinstance(value, Mapping):
-        bound, value = f"{bound}, not a mapping", NOT_SHOWN
-    elif isinstance(value, list | tuple):
-        bound, value = f"{bound}, not a list", NOT_SHOWN
+    if isinstance(value, Mapping | list | tuple):  # may be large, hold itself, or a secret under a misspelt name
+        bound += f", not a {'mapping' if isinstance(value, Mapping) else 'list'}"
+        value = NOT_SHOWN
     if why == "value_error":
         bound = first["msg"].removeprefix("Value error, ")
     raise ConfigError(name, _without_secrets(value), bound)

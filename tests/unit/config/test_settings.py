@@ -88,6 +88,15 @@ def test_an_empty_secret_file_counts_as_unset(tmp_path: Path, monkeypatch: pytes
     assert resolve({"model": "m"}).app == "moiety"
 
 
+def test_a_secret_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not a variable of the same section, which is right."""
+    (tmp_path / "router").write_text("slots")
+    monkeypatch.setenv("MOIETY_SECRETS_DIR", str(tmp_path))
+    monkeypatch.setenv("MOIETY_ROUTER__LANES", "2")
+    with pytest.raises(ConfigError, match="setting router: the secret file router must be JSON"):
+        resolve({"model": "m"})
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
