@@ -8,10 +8,10 @@ from moiety.core.text import similar
 
 # Options of several commands that mean the same to a reader.
 _ALIKE = (
-    ("--address", "--url", "--registry", "--ray-address", "--host", "--endpoint", "--server"),
+    ("--address", "--url", "--registry", "--ray-address", "--host", "--server"),
     ("--max-tokens", "--max-new-tokens", "--new-tokens", "--new", "--output-tokens"),
     ("--seconds", "--minutes", "--hours", "--duration"),
-    ("--out", "--output", "--json", "--write"),
+    ("--out", "--output", "--json"),
     ("--concurrency", "--max-in-flight", "--parallel"),
 )
 
