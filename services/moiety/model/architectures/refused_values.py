@@ -16,7 +16,8 @@ from moiety.core.text import did_you_mean
 from moiety.errors import CheckpointError
 from moiety.model.architectures.supported import served_architectures
 from moiety.model.checkpoint.bounds import shown
-from moiety.model.checkpoint.side_files import AGAIN, text_config
+from moiety.model.checkpoint.files import AGAIN
+from moiety.model.checkpoint.side_files import text_config
 
 _FIELD = re.compile(r"Field '(?P<name>\w+)(\[\d+\])*' expected (?P<kind>.+?), got ")
 _ITEM = re.compile(r"Invalid (item|key).* in \w+ '(?P<name>\w+)'")

@@ -6,7 +6,6 @@ changes nothing, such as an end-of-sequence id that no output can have, is passe
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -16,8 +15,8 @@ from typing import Any
 
 from moiety.core.experts import MAX_EXPERTS, MAX_LAYERS
 from moiety.core.sampling_options import MAX_REPETITION_PENALTY, MAX_TEMPERATURE
-from moiety.errors import CheckpointError
 from moiety.model.checkpoint.bounds import MAX_COUNT, Bound, between, check_fields, each, integer, whole
+from moiety.model.checkpoint.files import present, read_json
 from moiety.model.checkpoint.rope_fields import SHARED, check_rope
 
 CONFIG_FILE = "config.json"
@@ -35,10 +34,6 @@ TOKENIZER_CONFIG_FILE, TOKEN_MAP_FILE, ADDED_FILE = (
 )
 TOKENIZER_FILES = (TOKENIZER_CONFIG_FILE, TOKEN_MAP_FILE, ADDED_FILE)
 CONTEXT_NAMES = ("max_position_embeddings", "model_max_length", "max_seq_len", "n_positions")  # of the longest text
-POINTER = b"version https://git-lfs"  # how a file of Git LFS begins where its content was not fetched
-
-AGAIN = "copy it from its publisher again"
-_KINDS: Mapping[type, str] = {list: "a list", str: "a string", type(None): "null", bool: "true or false"}
 
 _log = logging.getLogger(__name__)
 
@@ -137,9 +132,9 @@ def read_side_file(folder: Path, name: str) -> dict[str, Any]:
     Raises CheckpointError if the file is damaged or a field is out of its bound.
     """
     file = folder / name
-    if not file.exists():
+    if not present(file):
         return {}
-    stated = read_json(file)
+    stated = read_json(file, needed=name in (CONFIG_FILE, INDEX_FILE), once=name == INDEX_FILE)
     check_fields(file, stated, SIDE_FILES[name])
     if name == CONFIG_FILE:
         _check_parts(file, stated)
@@ -154,36 +149,6 @@ def _check_parts(file: Path, config: Mapping[str, Any]) -> None:
     for prefix, part in (("", config), ("text_config.", text or {})):
         for name in ("rope_scaling", "rope_parameters"):
             check_rope(file, part.get(name) or {}, f"{prefix}{name}.")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Reads the JSON object in `file`; raises CheckpointError if the file is missing or holds anything else."""
-    try:
-        content = file.read_bytes()
-        if not content.strip():
-            remove = "" if file.name in (CONFIG_FILE, INDEX_FILE) else ", or remove it if there is none"
-            raise CheckpointError(f"{file}: is empty: copy it from its publisher again{remove}")
-        if content.startswith(POINTER):
-            raise CheckpointError(f"{file}: is a pointer of Git LFS, not the file: run `git lfs pull` in its folder")
-        data = json.loads(content.decode("utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: missing") from None
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not readable as JSON: {_damage(error)}: {AGAIN}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file}: holds {_KINDS.get(type(data), 'a number')} instead of a JSON object: {AGAIN}")
-    return data
-
-
-def _damage(error: Exception) -> str:
-    """Says in words what a parser of JSON stumbled over."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"damaged at line {error.lineno}, column {error.colno}"
-    if isinstance(error, UnicodeDecodeError):
-        return f"its byte {error.start + 1} is not UTF-8"
-    return "it nests too deep" if isinstance(error, RecursionError) else "it holds a number with too many digits"
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

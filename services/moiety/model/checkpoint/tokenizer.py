@@ -16,15 +16,14 @@ from typing import Any
 from tokenizers import Tokenizer, models
 
 from moiety.errors import CheckpointError
+from moiety.model.checkpoint.files import AGAIN, present, read_json, unreadable
 from moiety.model.checkpoint.sentencepiece_model import converted, named_tokens, read_sentencepiece
 from moiety.model.checkpoint.side_files import (
     ADDED_FILE,
-    AGAIN,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILES,
     check_side_files,
     end_ids,
-    read_json,
     read_side_file,
 )
 
@@ -129,7 +128,7 @@ def _file(folder: Path) -> str:
     Raises CheckpointError if there is none, or if it needs the checkpoint's own code or a package that is not installed.
     """
     check_side_files(folder, TOKENIZER_FILES)
-    if (folder / WHOLE_FILE).is_file():
+    if present(folder / WHOLE_FILE):
         return WHOLE_FILE
     if own := _own_class(folder):
         raise CheckpointError(
@@ -137,13 +136,13 @@ def _file(folder: Path) -> str:
             f"convert it to {WHOLE_FILE}, or {WITHOUT}"
         )
     for name in TIKTOKEN_FILES:
-        if (folder / name).is_file() and _is_tiktoken(folder / name):
+        if present(folder / name) and _is_tiktoken(folder / name):
             return _if_installed("tiktoken", folder, name)
-    if (folder / MODEL_FILE).is_file():
+    if present(folder / MODEL_FILE):
         read_sentencepiece(folder / MODEL_FILE)
         return MODEL_FILE
     for name, package in CONVERTED.items():
-        if (folder / name).is_file():
+        if present(folder / name):
             return _if_installed(package, folder, name)
     known = ", ".join((WHOLE_FILE, *TIKTOKEN_FILES, *CONVERTED))
     raise CheckpointError(
@@ -175,7 +174,7 @@ def _is_tiktoken(file: Path) -> bool:
         with file.open("rb") as opened:
             return _TIKTOKEN_LINE.match(opened.read(1 << 12)) is not None
     except OSError as error:
-        raise CheckpointError(f"{file}: not readable: {error}") from None
+        raise CheckpointError(f"{file}: {unreadable(error)}") from None
 
 
 def _unstated(folder: Path, named: Mapping[str, Any]) -> dict[str, Any]:
