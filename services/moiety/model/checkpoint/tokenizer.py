@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer, models
 
 from moiety.errors import CheckpointError
 from moiety.model.checkpoint.files import AGAIN, present, read_json, unreadable
-from moiety.model.checkpoint.sentencepiece_model import converted, named_tokens, read_sentencepiece
+from moiety.model.checkpoint.sentencepiece_model import converted, named_tokens, no_panics, read_sentencepiece
 from moiety.model.checkpoint.side_files import (
     ADDED_FILE,
     TOKENIZER_CONFIG_FILE,
@@ -52,20 +53,24 @@ def check_tokenizer(folder: str | Path) -> None:
     folder = Path(folder)
     if _file(folder) == WHOLE_FILE:
         try:
-            Tokenizer.from_file(str(folder / WHOLE_FILE))
+            with no_panics():
+                Tokenizer.from_file(str(folder / WHOLE_FILE))
         except Exception as error:  # tokenizers raises nothing more specific
-            _check_whole(folder / WHOLE_FILE)
-            raise CheckpointError(f"{folder / WHOLE_FILE}: not readable as a tokenizer: {error}; {WITHOUT}") from None
+            raise _damaged(folder / WHOLE_FILE) from error
 
 
-def _check_whole(file: Path) -> None:
-    """Raises CheckpointError if a tokenizer.json that could not be opened is not what its name says."""
+def _damaged(file: Path) -> CheckpointError:
+    """Returns the error for a tokenizer.json that could not be opened."""
     try:
         stated = read_json(file)
     except CheckpointError as error:
-        raise CheckpointError(f"{error}; {WITHOUT}") from None
+        return CheckpointError(f"{error}; {WITHOUT}")
     if not isinstance(stated.get("model"), dict):
-        raise CheckpointError(f"{file}: model is missing, the tokens: {AGAIN}; {WITHOUT}")
+        return CheckpointError(f"{file}: model is missing, the tokens: {AGAIN}; {WITHOUT}")
+    reader = f"tokenizers {version('tokenizers')}"
+    return CheckpointError(
+        f"{file}: not readable as a tokenizer by {reader}: it is damaged, or newer: {AGAIN}, or {WITHOUT}"
+    )
 
 
 def open_tokenizer(folder: str) -> tuple[Any, tuple[int, ...]]:
@@ -76,19 +81,20 @@ def open_tokenizer(folder: str) -> tuple[Any, tuple[int, ...]]:
     path = Path(folder)
     file = _file(path)
     try:
-        if file == WHOLE_FILE and _own_class(path):  # the file says what that class would
-            tokenizer = _whole(path)
-        elif file == MODEL_FILE and not _is_tiktoken(path / file):
-            tokenizer = _sentencepiece(path)
-        else:
-            tokenizer = _as_transformers(path, **(_unstated(path, TEKKEN) if file == TEKKEN_FILE else {}))
+        with no_panics():
+            if file == WHOLE_FILE and _own_class(path):  # the file says what that class would
+                tokenizer = _whole(path)
+            elif file == MODEL_FILE and not _is_tiktoken(path / file):
+                tokenizer = _sentencepiece(path)
+            else:
+                tokenizer = _as_transformers(path, **(_unstated(path, TEKKEN) if file == TEKKEN_FILE else {}))
         if file != WHOLE_FILE:
             _check_added(path, tokenizer)
     except CheckpointError:
         raise
     except Exception as error:  # transformers raises whatever its parsers raise
         if file == WHOLE_FILE:
-            _check_whole(path / file)
+            check_tokenizer(folder)
         raise CheckpointError(f"{folder}: no usable tokenizer: {error}; {WITHOUT}") from error
     return tokenizer, end_ids(path, tokenizer.eos_token_id)
 
