@@ -34,7 +34,7 @@ def load_config(checkpoint: Checkpoint) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     file = checkpoint.path / CONFIG_FILE
-    if "model_type" not in checkpoint.config:
+    if checkpoint.config.get("model_type") is None:
         raise CheckpointError(f"{file}: model_type is missing: must name an architecture")
     if refusal := refusal_reason(checkpoint.architecture):
         raise unsupported(checkpoint, refusal)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +49,8 @@ def between(low: float, high: float, *, low_too: bool = True) -> Bound:
     def holds(value: Any) -> bool:
         return _is_number(value) and (low <= value if low_too else low < value) and value <= high
 
-    most = f"{high:g}".replace("e+0", "e").replace("e+", "e")
-    return Bound(holds, f"a number from {low:g} to {most}" if low_too else f"a number above {low:g} and at most {most}")
+    least, most = (re.sub(r"e([+-]?)0*", r"e\1", f"{number:g}").replace("e+", "e") for number in (low, high))
+    return Bound(holds, f"a number from {least} to {most}" if low_too else f"a number above {least} and at most {most}")
 
 
 def _is_number(value: Any) -> bool:

@@ -15,16 +15,15 @@ from moiety.core.text import did_you_mean
 from moiety.errors import CheckpointError
 from moiety.model.checkpoint.bounds import Bound, between, check_fields, whole
 
-MOST_BASE, MOST_FACTOR = 1e18, 1e6
 ORIGINAL = "original_max_position_embeddings"
-_FACTOR, _OR_NONE = between(0, MOST_FACTOR, low_too=False), between(0, MOST_FACTOR)
+_FACTOR, _OR_NONE = between(1e-6, 1e6), between(0, 1e6)
 _FACTORS = Bound(
     lambda value: isinstance(value, list) and all(map(_FACTOR.holds, value)), f"a list of numbers, each {_FACTOR.words}"
 )
 # The fields that any kind may state, also beside the rope.
 SHARED: Mapping[str, Bound] = MappingProxyType(
     {
-        "rope_theta": between(1, MOST_BASE, low_too=False),  # its logarithm is a divisor
+        "rope_theta": between(1, 1e18, low_too=False),  # its logarithm is a divisor
         ORIGINAL: whole(2),  # likewise
         "partial_rotary_factor": between(0, 1),
     }

@@ -61,8 +61,10 @@ _DTYPE = Bound(
     lambda value: isinstance(value, dict) or (isinstance(value, str) and value.removeprefix("torch.") in _DTYPES),
     f"one of {', '.join(_DTYPES)}",
 )
+_ROPES = ("rope_scaling", "rope_parameters")
+_PART: Mapping[str, Bound] = {"model_type": _TEXT, **dict.fromkeys(_ROPES, _OBJECT)}  # of any part of a model
 _MODEL: Mapping[str, Bound] = {
-    "model_type": _TEXT,
+    **_PART,
     "architectures": Bound(
         lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value), "a list of strings"
     ),
@@ -78,7 +80,6 @@ _MODEL: Mapping[str, Bound] = {
         ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), each(integer(0, MAX_EXPERTS))
     ),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token"), each(integer(0, MAX_EXPERTS))),
-    **dict.fromkeys(("rope_scaling", "rope_parameters"), _OBJECT),
     **dict.fromkeys(("quantization_config", "compression_config"), _OBJECT),
     "text_config": _OBJECT,
     "eos_token_id": _ENDS,
@@ -142,13 +143,13 @@ def read_side_file(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _check_parts(file: Path, config: Mapping[str, Any]) -> None:
-    """Checks what a config nests: the language model of a multimodal one, and its rotary positions."""
-    text = config.get("text_config")
-    if text:
-        check_fields(file, text, _MODEL, "text_config.")
-    for prefix, part in (("", config), ("text_config.", text or {})):
-        for name in ("rope_scaling", "rope_parameters"):
-            check_rope(file, part.get(name) or {}, f"{prefix}{name}.")
+    """Checks what a config nests: the configs of a multimodal model's parts, and rotary positions."""
+    nested = {name: part for name, part in config.items() if name.endswith("_config") and isinstance(part, dict)}
+    for name, part in nested.items():
+        check_fields(file, part, _MODEL if name == "text_config" else _PART, f"{name}.")
+    for prefix, stated in {"": config, **{f"{name}.": part for name, part in nested.items()}}.items():
+        for name in _ROPES:
+            check_rope(file, stated.get(name) or {}, f"{prefix}{name}.")
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

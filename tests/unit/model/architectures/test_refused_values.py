@@ -22,6 +22,8 @@ from moiety.synthetic import write_tiny
             {"model_type": "x", "auto_map": {"AutoConfig": "x.X"}},
             "model_type = 'x': .* code that the checkpoint brings",
         ),
+        ({"model_type": None}, "model_type is missing"),
+        ({"vision_config": {"model_type": []}}, r"vision_config\.model_type = \[\]: must be a string"),
         ({"hidden_act": "sillu"}, "hidden_act = 'sillu': must be one of gelu, .*, xielu; did you mean 'silu'"),
         ({"hidden_act": 3}, "hidden_act = 3: must be a string: copy it from its publisher again"),
         ({"head_dim": 0}, "head_dim = 0: must be an integer from 1"),
