@@ -210,18 +210,21 @@ def _explained(model: str, revision: str | None) -> Iterator[None]:
         raise CheckpointError(f"{model}: has no revision {revision} at {hub}") from error
     except errors.OfflineModeIsEnabled as error:
         raise CheckpointError(
-            f"{model}: not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set"
+            f"{model}: not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: unset it, or name a folder"
         ) from error
     except errors.HfHubHTTPError as error:
         raise CheckpointError(f"{model}: {hub} answered {error.response.status_code}; run the command again") from error
     except OSError as error:
-        raise CheckpointError(f"{model}: the download failed: {error}; complete files are kept") from error
+        raise CheckpointError(
+            f"{model}: the download failed: {error.strerror or error}; run the command again, complete files are kept"
+        ) from error
     except Exception as error:
         if not _unreachable(error):
             raise
         raise CheckpointError(
-            f"{model}: {hub} cannot be reached ({type(error).__name__}), and {constants.HF_HUB_CACHE} has no complete copy; "
-            "HF_ENDPOINT names a mirror; complete files are kept for the next run"
+            f"{model}: no folder here, {constants.HF_HUB_CACHE} has no complete copy, and {hub} cannot be reached: check the "
+            "network and run the command again (complete files are kept), name a mirror with HF_ENDPOINT, or run "
+            f"`hf download {model} --local-dir FOLDER` on another machine, copy FOLDER here and name it instead"
         ) from error
 
 

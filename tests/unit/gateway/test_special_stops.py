@@ -1,4 +1,4 @@
-"""Stop strings that are special tokens, which no text shows: the router ends the output at the token."""
+"""Stop strings that are special tokens, or have some in them, which no text shows."""
 
 from __future__ import annotations
 
@@ -25,6 +25,29 @@ async def test_a_special_token_ends_the_text_as_a_stop_string(tokenizer: Tokeniz
     assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("an end", "stop", STOP)
     assert ("".join(chunk.text for chunk in got), got[-1].matched_stop) == ("an end", STOP)
     assert [list(request.sampling.stop_token_ids) for request in engine.requests] == [[9, PAD]] * 2
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "reason"),
+    [
+        (f"{STOP}\nmo", "an end", f"{STOP}\nmo"),
+        (f"end{STOP}", "an ", f"end{STOP}"),
+        (f"d{STOP}\n{STOP}", "an end\nmore", None),
+        (f"{STOP}{STOP}", "an end\nmore", None),
+    ],
+)
+@pytest.mark.parametrize("keep", [False, True], ids=["hidden", "shown"])
+async def test_a_special_token_may_be_a_part_of_a_stop_string(
+    tokenizer: Tokenizer, keep: bool, stop: str, text: str, reason: str | None
+):
+    """The text ends before the whole stop string, and has no trace of the token unless it is asked for."""
+    engine = FakeEngine("a", SHAPE)
+    engine.script = [*tokenizer.encode("an end"), PAD, *tokenizer.encode("\nmore")]
+    async with door_over(tokenizer, engine) as door:
+        body = {"prompt": [5], "stop": [stop], "skip_special_tokens": not keep, "max_tokens": len(engine.script)}
+        (choice,) = (await door.post("/v1/completions", **body))["choices"]
+    shown = text.replace("\n", f"{STOP}\n") if keep else text
+    assert (choice["text"], choice.get("stop_reason")) == (shown, reason)
 
 
 async def test_only_special_tokens_of_the_model_count(tokenizer: Tokenizer):

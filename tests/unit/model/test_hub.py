@@ -135,12 +135,17 @@ def test_a_restricted_model(hub: HubServer) -> None:
 
 
 def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without network and copy, the error names endpoint and cache; in offline mode, the variable."""
+    """Without network and copy, the error says what to do here or elsewhere; in offline mode, it names the variable."""
     with pointed_at(monkeypatch, "http://127.0.0.1:9", tmp_path):
-        with pytest.raises(CheckpointError, match=r"http://127.0.0.1:9 cannot be reached .*HF_ENDPOINT"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"http://127.0.0.1:9 cannot be reached: .*HF_ENDPOINT.* `hf download maker/tiny --local-dir FOLDER`",
+        ):
             local_folder("maker/tiny", say=quiet)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        with pytest.raises(CheckpointError, match=r"not in the cache .*HF_HUB_OFFLINE is set"):
+        with pytest.raises(
+            CheckpointError, match=r"not in the cache .*HF_HUB_OFFLINE is set: unset it, or name a folder"
+        ):
             local_folder("maker/tiny", say=quiet)
 
 

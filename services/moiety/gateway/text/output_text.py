@@ -8,20 +8,32 @@ from moiety.gateway.text.detokenizer import Detokenizer
 from moiety.gateway.text.stops import StopStrings
 from moiety.gateway.text.tokenizer import Tokenizer
 
+FIRST_MARK = 0xD800  # surrogates, which no decoded text has
+
 
 class OutputText:
-    """One choice: turns its tokens into text, up to its first stop string."""
+    """One choice: turns its tokens into text, up to its first stop string.
+
+    A stop string may have special tokens in it, which decoding leaves out. Each of these gets a mark: a character that stands
+    for it in the stop strings and in the text that is searched, and is taken out of what is sent.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], continues: Sequence[int], *, special: bool = False):
         """`continues`: the ids whose text the output continues. `special`: special tokens are text, too."""
-        self._detokenizer, self._stops = Detokenizer(tokenizer, continues, special=special), StopStrings(stops)
+        found = {text for stop in stops for text in tokenizer.special_texts.findall(stop)} if not special else set()
+        marks = {text: chr(FIRST_MARK + number) for number, text in enumerate(sorted(found))}
+        self._marks = {tokenizer.special_id(text): mark for text, mark in marks.items()}
+        self._unmarked = str.maketrans("", "", "".join(marks.values()))
+        searched = [tokenizer.special_texts.sub(lambda text: marks[text[0]], stop) if marks else stop for stop in stops]
+        self._named = dict(zip(searched, stops, strict=True))
+        self._detokenizer, self._stops = Detokenizer(tokenizer, continues, special=special), StopStrings(searched)
         self._produced = 0
         self._exempt = 0  # characters of the first min_tokens tokens that the detokenizer still holds
 
     @property
     def matched(self) -> str | None:
         """The stop string that ended the text; None while there is none."""
-        return self._stops.matched
+        return self._named.get(self._stops.matched or "")
 
     def push(self, ids: Sequence[int], min_tokens: int, *, last: bool) -> str:
         """Returns the text to send. A stop string may end the text here: see `matched`.
@@ -36,7 +48,16 @@ class OutputText:
             self._exempt = self._detokenizer.held
         if only_early:
             return sent
-        text = self._detokenizer.push(ids[len(early) :], last=last)
+        text = self._marked(ids[len(early) :], last=last)
         exempt = text[: self._exempt]
         self._exempt -= len(exempt)
-        return sent + exempt + self._stops.push(text[len(exempt) :], last=last)
+        return sent + (exempt + self._stops.push(text[len(exempt) :], last=last)).translate(self._unmarked)
+
+    def _marked(self, ids: Sequence[int], *, last: bool) -> str:
+        """Returns the new text, with a mark for each special token of a stop string."""
+        text, start = "", 0
+        for place, token in enumerate(ids) if self._marks else ():
+            if token in self._marks:
+                text += self._detokenizer.push(ids[start:place]) + self._marks[token]
+                start = place + 1
+        return text + self._detokenizer.push(ids[start:], last=last)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -66,6 +67,12 @@ class Tokenizer:
         """Returns the id of the special token whose text is exactly `text`; None where there is none."""
         found = self.added_tokens.get(text)
         return None if found is None or self.kinds.has_text(found) else found
+
+    @cached_property
+    def special_texts(self) -> re.Pattern[str]:
+        """Matches the text of a special token; of several, the longest."""
+        texts = sorted(filter(lambda text: self.special_id(text) is not None, self.added_tokens), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, texts)) or "(?!)")
 
     @cached_property
     def vocabulary(self) -> Mapping[str, int]:

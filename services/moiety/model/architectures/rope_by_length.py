@@ -17,9 +17,8 @@ import torch
 
 from moiety.model.architectures.transformers_model import rope_parameters
 from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.checkpoint.rope_fields import ORIGINAL
 from moiety.model.checkpoint.side_files import CONFIG_FILE, text_config, warn
-
-ORIGINAL = "original_max_position_embeddings"
 
 
 def served_context(checkpoint: Checkpoint, config: Any, model: Any, stated: int) -> int:

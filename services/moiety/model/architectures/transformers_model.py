@@ -7,9 +7,9 @@ expert layout is cached (`model/experts/cached.py`) starts without this import.
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,13 +18,11 @@ from torch import nn
 from moiety.errors import CheckpointError
 from moiety.model.architectures.adapters import adapter_of
 from moiety.model.architectures.definitions import definition_of
-from moiety.model.architectures.supported import nearest_hint, refusal_reason, served_architectures
+from moiety.model.architectures.refused_values import refused_values, unknown_architecture
+from moiety.model.architectures.supported import nearest_hint, refusal_reason
 from moiety.model.checkpoint.checkpoint import Checkpoint
-from moiety.model.checkpoint.side_files import CONFIG_FILE
-
-# How transformers refuses the type of a field, and its types in words.
-_REFUSED_FIELD = re.compile(r"TypeError: Field '(?P<name>\w+)' expected (?P<kind>[^,]+), got ")
-_KINDS = {"int": "an integer", "float": "a number", "str": "a string", "bool": "true or false"}
+from moiety.model.checkpoint.rope_fields import check_served
+from moiety.model.checkpoint.side_files import CONFIG_FILE, text_config
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
@@ -33,27 +31,21 @@ def load_config(checkpoint: Checkpoint) -> Any:
     Raises CheckpointError if the architecture is unknown or unsupported.
     """
     from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    if "model_type" not in checkpoint.config:
-        raise CheckpointError(f"{checkpoint.path / CONFIG_FILE}: model_type is missing: must name an architecture")
+    file = checkpoint.path / CONFIG_FILE
+    if checkpoint.config.get("model_type") is None:
+        raise CheckpointError(f"{file}: model_type is missing: must name an architecture")
     if refusal := refusal_reason(checkpoint.architecture):
         raise unsupported(checkpoint, refusal)
     defined = definition_of(checkpoint.architecture)
+    if defined is None and checkpoint.architecture not in CONFIG_MAPPING:
+        raise unknown_architecture(file, checkpoint.config)
     reader = AutoConfig if defined is None else defined.config_class
     try:
         config = reader.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its parsers raise
-        if field := _REFUSED_FIELD.search(str(error)):
-            name = field["name"]
-            value = repr(checkpoint.config.get(name))[:80]
-            place = f"{checkpoint.path / CONFIG_FILE}: {name} = {value}"
-            kind = _KINDS.get(field["kind"], f"of the type {field['kind']}")
-            raise CheckpointError(f"{place}: must be {kind}: copy the file from its publisher again") from error
-        known = checkpoint.architecture in served_architectures()
-        hint = "" if known else f"; {nearest_hint(checkpoint.architecture)}"
-        raise unsupported(checkpoint, f"transformers cannot read its config: {problem_of(error)}{hint}") from error
-    if any(rope.get("rope_type") == "su" for rope in rope_parameters(config)):
-        raise unsupported(checkpoint, "rope_type su: transformers knows it by its later name, longrope, only")
+        raise refused_values(file, checkpoint.config, error, "cannot read it") from error
     for part in (config, config.get_text_config()):
         for name in ("quantization_config", "compression_config"):  # Moiety dequantises the weights, not transformers
             if hasattr(part, name):
@@ -62,6 +54,9 @@ def load_config(checkpoint: Checkpoint) -> Any:
         adapter_of(config.model_type).amend(config)
     except ValueError as error:
         raise unsupported(checkpoint, str(error)) from error
+    within = "rope_scaling." if text_config(checkpoint.config).get("rope_scaling") else "rope_parameters."
+    for rope in rope_parameters(config):
+        check_served(file, rope, within, partial(_rotating_pairs, config.get_text_config(), rope))
     text = config.sub_configs.get("text_config")
     found = text_class(config)
     # If a multimodal architecture's language model has its own class, only the language model is served.
@@ -105,8 +100,8 @@ def checkpoint_model(checkpoint: Checkpoint, config: Any) -> nn.Module:
     try:
         return meta_model(model_class, config)
     except Exception as error:  # whatever a model's constructor does with a value that it does not expect
-        reason = f"transformers cannot build {model_class.__name__} with its config's values"
-        raise unsupported(checkpoint, f"{reason}: {type(error).__name__}: {problem_of(error)}") from error
+        file, doing = checkpoint.path / CONFIG_FILE, f"cannot build {model_class.__name__} with its values"
+        raise refused_values(file, checkpoint.config, error, doing) from error
 
 
 def meta_model(model_class: type[nn.Module], config: Any) -> nn.Module:
@@ -147,9 +142,12 @@ def rope_parameters(config: Any) -> list[dict[str, Any]]:
     return kinds if kinds and all(isinstance(kind, dict) for kind in kinds) else [found]
 
 
-def problem_of(error: Exception) -> str:
-    """Returns what an error of transformers says, in one line."""
-    return " ".join(str(error).split())[:300]
+def _rotating_pairs(text: Any, rope: Mapping[str, Any]) -> int | None:
+    """Returns the number of pairs of elements that rotate in a head, as transformers computes it; None if heads differ."""
+    if text.is_heterogeneous:
+        return None
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return (int(width * rope.get("partial_rotary_factor", 1.0)) + 1) // 2
 
 
 def unsupported(checkpoint: Checkpoint, reason: str) -> CheckpointError:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from moiety.errors import CheckpointError
+from moiety.model.checkpoint.files import AGAIN, instead_of_file, is_pointer, present, unreadable
 from moiety.model.checkpoint.foreign import (
     SHARDS,
     file_instead_of_folder,
     folder_problem,
-    is_pointer,
     listed,
     partial_files,
 )
@@ -64,8 +64,8 @@ class Checkpoint:
         """
         folder = Path(path)
         _check_kind(folder)
-        if not (folder / CONFIG_FILE).exists():
-            raise CheckpointError(f"{folder / CONFIG_FILE}: missing: copy it from the publisher's files")
+        if not present(folder / CONFIG_FILE):
+            raise CheckpointError(f"{folder / CONFIG_FILE}: is missing: {AGAIN}")
         check_side_files(folder, MODEL_FILES)
         config = read_side_file(folder, CONFIG_FILE)
         shards, indexed = _shards(folder)
@@ -90,14 +90,14 @@ class Checkpoint:
 def _check_kind(folder: Path) -> None:
     """Raises CheckpointError if the path is no folder that could be a checkpoint."""
     try:
-        if folder.is_file():
-            raise CheckpointError(f"{folder}: {file_instead_of_folder(folder)}")
         if not folder.is_dir():
-            raise CheckpointError(f"checkpoint {folder}: no such folder")
+            if not present(folder):
+                raise CheckpointError(f"checkpoint {folder}: no such folder")
+            raise CheckpointError(f"{folder}: {file_instead_of_folder(folder)}")
         if problem := folder_problem(folder):
             raise CheckpointError(f"checkpoint {folder}: {problem}")
     except OSError as error:
-        raise CheckpointError(f"checkpoint {folder}: cannot be read: {error}") from error
+        raise CheckpointError(f"checkpoint {folder}: {unreadable(error)}") from error
 
 
 def _quantization(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -112,7 +112,7 @@ def _quantization(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
     stated = read_side_file(folder, MODELOPT_FILE).get("quantization") or {}
     if stated.get("quant_algo"):  # without one, only the KV cache was meant to be quantised
         return {"quant_method": "modelopt", **stated}
-    if (folder / AUTOGPTQ_FILE).is_file():
+    if present(folder / AUTOGPTQ_FILE):
         return {"quant_method": "gptq", **read_side_file(folder, AUTOGPTQ_FILE)}
     if bits := (stated := read_side_file(folder, AUTOAWQ_FILE)).get("w_bit"):
         return {"quant_method": "awq", "bits": bits, **stated}
@@ -122,11 +122,11 @@ def _quantization(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
 def _shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
     """Returns the safetensors files in name order, and each tensor's file as in the index (empty for a single file)."""
     single, index = folder / SINGLE_FILE, folder / INDEX_FILE
-    if single.is_file():  # if both exist, transformers reads the single file
-        if index.is_file() and (others := {*_indexed(index).values()} - {SINGLE_FILE}):
+    if present(single):  # if both exist, transformers reads the single file
+        if present(index) and (others := {*_indexed(index).values()} - {SINGLE_FILE}):
             warn(f"{index}: names {listed(sorted(others))}, but {SINGLE_FILE} is read, as in transformers")
         return (single,), {}
-    if not index.is_file():
+    if not present(index):
         found = sorted(path.name for path in folder.glob(SHARDS))
         besides = f", only {listed(found)}: download the index too" if found else ""
         raise CheckpointError(
@@ -135,13 +135,14 @@ def _shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
     weight_map = _indexed(index)
     names = sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).name != name or not name:
+        if Path(name).name != name or not name or "\0" in name:
             raise CheckpointError(f"{index}: shard {name!r} must be a plain file name")
-    if missing := [name for name in names if not (folder / name).is_file()]:
+    if absent := [f"{name} {what}" for name in names if (what := instead_of_file(folder / name))]:
         begun = f" ({listed(partial)} is not complete)" if (partial := partial_files(folder)) else ""
+        count = f"{len(absent)} of the {len(names)} shards" if len(names) > 1 else "the shard"
         raise CheckpointError(
-            f"checkpoint {folder}: {len(missing)} of the {len(names)} shards named by {INDEX_FILE} are missing: "
-            f"{listed(missing)}{begun}; start the download again, complete files are kept"
+            f"checkpoint {folder}: {count} that {INDEX_FILE} names cannot be read: {listed(absent)}{begun}; "
+            "start the download again, complete files are kept"
         )
     return tuple(folder / name for name in names), {tensor: folder / name for tensor, name in weight_map.items()}
 
@@ -179,5 +180,7 @@ def _located(shards: tuple[Path, ...], indexed: Mapping[str, Path]) -> tuple[dic
             if name not in tensors or indexed.get(name) in (shard, None):
                 tensors[name] = entry
     for name, file in missing.items():
-        raise CheckpointError(f"{file}: tensor {name}, which {INDEX_FILE} places there, is missing")
+        others = sum(place == file for place in missing.values()) - 1
+        lacks = f"tensor {name}" + (f" and {others} more" if others else "")
+        raise CheckpointError(f"{file}: lacks {lacks}, which {INDEX_FILE} places there: download both files again")
     return tensors, frozenset(repeated)

@@ -11,7 +11,7 @@ from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
-from moiety.model.checkpoint.side_files import CONFIG_FILE, INDEX_FILE, POINTER
+from moiety.model.checkpoint.side_files import CONFIG_FILE, INDEX_FILE
 
 ADAPTER_FILE = "adapter_config.json"
 SHARDS = "*.safetensors"
@@ -96,13 +96,6 @@ def partial_files(folder: Path) -> list[str]:
     if folder.parent.name == "snapshots":
         places.append(folder.parent.parent / "blobs")
     return sorted(path.name for place in places if place.is_dir() for path in place.glob("*.incomplete"))
-
-
-def is_pointer(file: Path) -> bool:
-    """Returns whether a file is what Git LFS leaves where it has not fetched the content."""
-    with suppress(OSError), file.open("rb") as stream:
-        return stream.read(len(POINTER)) == POINTER
-    return False
 
 
 def listed(names: Collection[str]) -> str:

@@ -5,7 +5,6 @@ Format: https://github.com/huggingface/safetensors#format (8 bytes little-endian
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moiety.errors import CheckpointError
+from moiety.model.checkpoint.files import damage, parsed, unreadable
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own bound
 ITEM_BITS: Mapping[str, int] = {
@@ -23,6 +23,8 @@ ITEM_BITS: Mapping[str, int] = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
+
+AGAIN = "download the file again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,31 +53,37 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             prefix = stream.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise CheckpointError(f"{file}: damaged: {size} bytes cannot hold the safetensors header it declares")
-            header = json.loads(stream.read(length))
+                raise _damaged(file, f"{size} bytes cannot hold the safetensors header it declares")
+            header = parsed(stream.read(length), once=True)
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file}: damaged: its safetensors header is not JSON: {error}") from error
+        raise CheckpointError(f"{file}: {unreadable(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise _damaged(file, f"its safetensors header is not readable as JSON: {damage(error)}") from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"{file}: damaged: its safetensors header is not an object")
+        raise _damaged(file, "its safetensors header is not a JSON object")
     entries = {
         name: _entry(file, name, fields, 8 + length) for name, fields in header.items() if name != "__metadata__"
     }
     needed = max((entry.end for entry in entries.values()), default=0)
     if needed > size:
-        raise CheckpointError(f"{file}: truncated: it has {size} bytes, its header describes {needed}")
+        raise CheckpointError(f"{file}: truncated: it has {size} bytes, its header describes {needed}: {AGAIN}")
     return entries
+
+
+def _damaged(file: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{file}: damaged: {what}: {AGAIN}")
 
 
 def _entry(file: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
     try:
-        dtype, shape = str(fields["dtype"]), tuple(map(int, fields["shape"]))
-        first, last = map(int, fields["data_offsets"])
+        dtype, shape, (first, last) = str(fields["dtype"]), tuple(fields["shape"]), fields["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: damaged: tensor {name} has no dtype, shape and data_offsets") from error
+        raise _damaged(file, f"tensor {name} has no dtype, shape and data_offsets") from error
     if dtype not in ITEM_BITS:
-        raise CheckpointError(f"{file}: tensor {name} has the unknown dtype {dtype}")
-    if first < 0 or min(shape, default=0) < 0 or 8 * (last - first) != prod(shape) * ITEM_BITS[dtype]:
-        raise CheckpointError(f"{file}: damaged: tensor {name} {dtype}{list(shape)} does not fit its data_offsets")
+        raise CheckpointError(
+            f"{file}: tensor {name} has the unknown dtype {dtype}: must be one of {', '.join(ITEM_BITS)}"
+        )
+    counts = all(type(number) is int and number >= 0 for number in (*shape, first, last))
+    if not counts or 8 * (last - first) != prod(shape) * ITEM_BITS[dtype]:
+        raise _damaged(file, f"tensor {name} {dtype}{list(shape)} does not fit its data_offsets")
     return TensorEntry(file, dtype, shape, data_start + first, data_start + last)

@@ -16,6 +16,7 @@ from typing import BinaryIO
 import torch
 
 from moiety.errors import CheckpointError
+from moiety.model.checkpoint.files import unreadable
 from moiety.model.checkpoint.headers import TensorEntry
 from moiety.model.checkpoint.quantised import CODES_PER_WORD, FP8_BLOCK, QuantisedEntry, Stored
 from moiety_kernels.weights.fp8 import Fp8Matrix
@@ -73,7 +74,7 @@ class Reader:
                     raise CheckpointError(f"{entry.file}: truncated: it ends before byte {entry.end}")
                 view = view[count:]
         except OSError as error:
-            raise CheckpointError(f"{entry.file}: cannot be read: {error}") from error
+            raise CheckpointError(f"{entry.file}: {unreadable(error)}") from error
 
     def tensor(self, entry: TensorEntry) -> torch.Tensor:
         """Reads the tensor at `entry` in its stored dtype.

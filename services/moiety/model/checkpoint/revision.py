@@ -25,6 +25,7 @@ from moiety.config.cache_folder import cache_dir, prune_derived, read_derived, w
 from moiety.config.options import Verify
 from moiety.errors import CheckpointError
 from moiety.model.checkpoint.checkpoint import Checkpoint
+from moiety.model.checkpoint.files import unreadable
 from moiety.model.checkpoint.headers import TensorEntry, read_header
 from moiety.model.checkpoint.side_files import AUTOAWQ_FILE, AUTOGPTQ_FILE, GENERATION_FILE, MODELOPT_FILE
 
@@ -122,7 +123,7 @@ def _digest(config: str, shards: int, stamps: tuple[_Stamp, ...], verify: Verify
                 _add(digest, str(size).encode())
                 _add(digest, content)
     except OSError as error:
-        raise CheckpointError(f"checkpoint file cannot be read: {error}") from error
+        raise CheckpointError(f"{error.filename}: {unreadable(error)}") from error
     return digest.hexdigest()
 
 
@@ -175,5 +176,5 @@ def _stamp(file: Path) -> _Stamp:
     try:
         status = file.stat()
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}") from error
+        raise CheckpointError(f"{file}: {unreadable(error)}") from error
     return str(file), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino

@@ -6,16 +6,19 @@ text, the begin-of-sequence token, or the scores by which pieces are merged.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from moiety.errors import CheckpointError
+from moiety.model.checkpoint.files import AGAIN, unreadable
 
 SPACE = "▁"
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # types of pieces, of sentencepiece_model.proto
+_CHARACTERS = "".join(map(chr, (*range(1, 0xD800), *range(0xE000, 0x10000))))  # a damaged table may fail at any of them
 UNIGRAM, BPE = 1, 2  # types of models, likewise
 
 
@@ -27,16 +30,35 @@ def read_sentencepiece(file: Path) -> Any:
     model = import_protobuf().ModelProto()
     try:
         model.ParseFromString(file.read_bytes())
-    except (OSError, DecodeError) as error:
-        raise CheckpointError(f"{file}: not readable as a SentencePiece model: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: {unreadable(error)}") from None
+    except DecodeError:
+        raise CheckpointError(f"{file}: not readable as a SentencePiece model: {AGAIN}") from None
     if not model.pieces:
         raise CheckpointError(f"{file}: not a SentencePiece model: it has no pieces")
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    try:
+        with no_panics():
+            normalizers.Sequence(_normalizing(model)).normalize_str(_CHARACTERS)
+    except Exception:  # tokenizers raises nothing more specific
+        table = "its table of characters (precompiled_charsmap) is damaged"
+        raise CheckpointError(f"{file}: not readable as a SentencePiece model: {table}: {AGAIN}") from None
     if trainer.model_type not in (UNIGRAM, BPE):
         raise CheckpointError(f"{file}: model_type is {trainer.model_type}: must be 1 (unigram) or 2 (BPE)")
     if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
         raise CheckpointError(f"{file}: spaces are not written as {SPACE} before words, which is not supported")
     return model
+
+
+@contextmanager
+def no_panics() -> Iterator[None]:
+    """Turns a panic of the library `tokenizers`, which is no Exception, into ValueError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(str(error)) from None
 
 
 def named_tokens(model: Any) -> Mapping[str, str]:

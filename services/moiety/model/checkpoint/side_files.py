@@ -6,11 +6,8 @@ changes nothing, such as an end-of-sequence id that no output can have, is passe
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +15,9 @@ from typing import Any
 
 from moiety.core.experts import MAX_EXPERTS, MAX_LAYERS
 from moiety.core.sampling_options import MAX_REPETITION_PENALTY, MAX_TEMPERATURE
-from moiety.errors import CheckpointError
+from moiety.model.checkpoint.bounds import MAX_COUNT, Bound, between, check_fields, each, integer, whole
+from moiety.model.checkpoint.files import present, read_json
+from moiety.model.checkpoint.rope_fields import SHARED, check_rope
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -35,48 +34,8 @@ TOKENIZER_CONFIG_FILE, TOKEN_MAP_FILE, ADDED_FILE = (
 )
 TOKENIZER_FILES = (TOKENIZER_CONFIG_FILE, TOKEN_MAP_FILE, ADDED_FILE)
 CONTEXT_NAMES = ("max_position_embeddings", "model_max_length", "max_seq_len", "n_positions")  # of the longest text
-MAX_COUNT = (1 << 31) - 1
-POINTER = b"version https://git-lfs"  # how a file of Git LFS begins where its content was not fetched
-
-AGAIN = "copy it from its publisher again"
-_KINDS: Mapping[type, str] = {list: "a list", str: "a string", type(None): "null", bool: "true or false"}
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """What a field must hold where it is not null: a test, and the words that follow "must be" in the error."""
-
-    holds: Callable[[Any], bool]
-    words: str
-
-
-def _number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return abs(value) <= MAX_COUNT if isinstance(value, int) else math.isfinite(value)
-
-
-def _integer(low: int, high: int = MAX_COUNT) -> Bound:
-    return Bound(lambda value: type(value) is int and low <= value <= high, f"an integer from {low} to {high}")
-
-
-def _each(bound: Bound) -> Bound:
-    """Returns the bound of a value that may also be a list with one value for each layer."""
-
-    def holds(value: Any) -> bool:
-        return all(map(bound.holds, value)) if isinstance(value, list) else bound.holds(value)
-
-    return Bound(holds, f"{bound.words}, or a list of such")
-
-
-def _whole(low: int, words: str) -> Bound:
-    return Bound(lambda value: _number(value) and low <= value <= MAX_COUNT and value == int(value), words)
-
-
-def _within(holds: Callable[[float], bool], words: str) -> Bound:
-    return Bound(lambda value: _number(value) and holds(value), words)
 
 
 def _is_end(value: Any) -> bool:
@@ -90,7 +49,7 @@ def _named_token(value: Any) -> bool:
 _OBJECT = Bound(lambda value: isinstance(value, dict), "a JSON object")
 _TEXT = Bound(lambda value: isinstance(value, str), "a string")
 _FLAG = Bound(lambda value: isinstance(value, bool), "true or false")
-_ID = _integer(-1)  # -1: none
+_ID = integer(-1)  # -1: none
 _ENDS = Bound(
     lambda value: all(map(_is_end, value)) if isinstance(value, list) else _is_end(value),
     "a token id (an integer) or a list of token ids",
@@ -102,27 +61,25 @@ _DTYPE = Bound(
     lambda value: isinstance(value, dict) or (isinstance(value, str) and value.removeprefix("torch.") in _DTYPES),
     f"one of {', '.join(_DTYPES)}",
 )
-_ROPE: Mapping[str, Bound] = {
-    "rope_theta": _within(lambda value: value > 0, "a number above 0"),
-    "factor": _within(lambda value: value > 0, "a number above 0"),
-    "original_max_position_embeddings": _whole(1, f"an integer from 1 to {MAX_COUNT}"),
-}
+_ROPES = ("rope_scaling", "rope_parameters")
+_PART: Mapping[str, Bound] = {"model_type": _TEXT, **dict.fromkeys(_ROPES, _OBJECT)}  # of any part of a model
 _MODEL: Mapping[str, Bound] = {
-    "model_type": _TEXT,
+    **_PART,
     "architectures": Bound(
         lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value), "a list of strings"
     ),
     **dict.fromkeys(("torch_dtype", "dtype"), _DTYPE),
     "tie_word_embeddings": _FLAG,
-    "vocab_size": _integer(1),
-    "num_hidden_layers": _integer(1, MAX_LAYERS),
-    **dict.fromkeys(("hidden_size", "num_attention_heads"), _each(_integer(1))),
-    **dict.fromkeys(CONTEXT_NAMES, _integer(1)),
+    "vocab_size": integer(1),
+    "num_hidden_layers": integer(1, MAX_LAYERS),
+    **dict.fromkeys(("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"), each(integer(1))),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "norm_eps", "norm_epsilon"), between(0, 1)),
+    **{name: each(bound) for name, bound in SHARED.items()},
+    **dict.fromkeys(CONTEXT_NAMES, integer(1)),
     **dict.fromkeys(
-        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), _each(_integer(0, MAX_EXPERTS))
+        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), each(integer(0, MAX_EXPERTS))
     ),
-    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token"), _each(_integer(0, MAX_EXPERTS))),
-    **dict.fromkeys(("rope_scaling", "rope_parameters"), _OBJECT),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token"), each(integer(0, MAX_EXPERTS))),
     **dict.fromkeys(("quantization_config", "compression_config"), _OBJECT),
     "text_config": _OBJECT,
     "eos_token_id": _ENDS,
@@ -134,20 +91,18 @@ SIDE_FILES: Mapping[str, Mapping[str, Bound]] = MappingProxyType(
     {
         CONFIG_FILE: _MODEL,
         GENERATION_FILE: {
-            "temperature": _within(lambda value: 0 <= value <= MAX_TEMPERATURE, f"0 to {MAX_TEMPERATURE:g}"),
-            "top_p": _within(lambda value: 0 < value <= 1, "above 0 and at most 1"),
-            "min_p": _within(lambda value: 0 <= value <= 1, "from 0 to 1"),
-            "repetition_penalty": _within(
-                lambda value: 0 < value <= MAX_REPETITION_PENALTY, f"above 0, up to {MAX_REPETITION_PENALTY:g}"
-            ),
-            "top_k": _whole(-1, "an integer of at least -1"),
-            "max_new_tokens": _whole(1, "an integer of at least 1"),
+            "temperature": between(0, MAX_TEMPERATURE),
+            "top_p": between(0, 1, low_too=False),
+            "min_p": between(0, 1),
+            "repetition_penalty": between(0, MAX_REPETITION_PENALTY, low_too=False),
+            "top_k": whole(-1),
+            "max_new_tokens": whole(1),
             "eos_token_id": _ENDS,
             **dict.fromkeys(("bos_token_id", "decoder_start_token_id", "forced_bos_token_id"), _ID),
         },
         INDEX_FILE: {"weight_map": _OBJECT},
         MODELOPT_FILE: {"quantization": _OBJECT},
-        AUTOGPTQ_FILE: {"bits": _integer(1, 16)},
+        AUTOGPTQ_FILE: {"bits": integer(1, 16)},
         AUTOAWQ_FILE: {},
         TOKENIZER_CONFIG_FILE: {
             **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), _TOKEN),
@@ -178,66 +133,23 @@ def read_side_file(folder: Path, name: str) -> dict[str, Any]:
     Raises CheckpointError if the file is damaged or a field is out of its bound.
     """
     file = folder / name
-    if not file.exists():
+    if not present(file):
         return {}
-    stated = read_json(file)
+    stated = read_json(file, needed=name in (CONFIG_FILE, INDEX_FILE), once=name == INDEX_FILE)
     check_fields(file, stated, SIDE_FILES[name])
     if name == CONFIG_FILE:
         _check_parts(file, stated)
     return stated
 
 
-def check_fields(file: Path, stated: Mapping[str, Any], bounds: Mapping[str, Bound], within: str = "") -> None:
-    """Raises CheckpointError if a field of `stated` is neither null nor within its bound. `within`: what precedes its name."""
-    for name, bound in bounds.items():
-        value = stated.get(name)
-        if value is not None and not bound.holds(value):
-            shown = text if len(text := repr(value)) <= 80 else f"{text[:77]}…"
-            raise CheckpointError(f"{file}: {within}{name} = {shown}: must be {bound.words}")
-
-
 def _check_parts(file: Path, config: Mapping[str, Any]) -> None:
-    """Checks what a config nests: the language model of a multimodal one, and its rotary positions."""
-    text = config.get("text_config")
-    if text:
-        check_fields(file, text, _MODEL, "text_config.")
-    for prefix, part in (("", config), ("text_config.", text or {})):
-        for name in ("rope_scaling", "rope_parameters"):
-            rope = part.get(name) or {}
-            check_fields(file, rope, _ROPE, f"{prefix}{name}.")
-            for kind, nested in rope.items():  # some models have one set for each kind of layer
-                if isinstance(nested, dict):
-                    check_fields(file, nested, _ROPE, f"{prefix}{name}.{kind}.")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Reads the JSON object in `file`; raises CheckpointError if the file is missing or holds anything else."""
-    try:
-        content = file.read_bytes()
-        if not content.strip():
-            remove = "" if file.name in (CONFIG_FILE, INDEX_FILE) else ", or remove it if there is none"
-            raise CheckpointError(f"{file}: is empty: copy it from its publisher again{remove}")
-        if content.startswith(POINTER):
-            raise CheckpointError(f"{file}: is a pointer of Git LFS, not the file: run `git lfs pull` in its folder")
-        data = json.loads(content.decode("utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: missing") from None
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not readable as JSON: {_damage(error)}: {AGAIN}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file}: holds {_KINDS.get(type(data), 'a number')} instead of a JSON object: {AGAIN}")
-    return data
-
-
-def _damage(error: Exception) -> str:
-    """Says in words what a parser of JSON stumbled over."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"damaged at line {error.lineno}, column {error.colno}"
-    if isinstance(error, UnicodeDecodeError):
-        return f"its byte {error.start + 1} is not UTF-8"
-    return "it nests too deep" if isinstance(error, RecursionError) else "it holds a number with too many digits"
+    """Checks what a config nests: the configs of a multimodal model's parts, and rotary positions."""
+    nested = {name: part for name, part in config.items() if name.endswith("_config") and isinstance(part, dict)}
+    for name, part in nested.items():
+        check_fields(file, part, _MODEL if name == "text_config" else _PART, f"{name}.")
+    for prefix, stated in {"": config, **{f"{name}.": part for name, part in nested.items()}}.items():
+        for name in _ROPES:
+            check_rope(file, stated.get(name) or {}, f"{prefix}{name}.")
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

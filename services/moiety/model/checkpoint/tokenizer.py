@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,15 +17,14 @@ from typing import Any
 from tokenizers import Tokenizer, models
 
 from moiety.errors import CheckpointError
-from moiety.model.checkpoint.sentencepiece_model import converted, named_tokens, read_sentencepiece
+from moiety.model.checkpoint.files import AGAIN, present, read_json, unreadable
+from moiety.model.checkpoint.sentencepiece_model import converted, named_tokens, no_panics, read_sentencepiece
 from moiety.model.checkpoint.side_files import (
     ADDED_FILE,
-    AGAIN,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILES,
     check_side_files,
     end_ids,
-    read_json,
     read_side_file,
 )
 
@@ -53,20 +53,24 @@ def check_tokenizer(folder: str | Path) -> None:
     folder = Path(folder)
     if _file(folder) == WHOLE_FILE:
         try:
-            Tokenizer.from_file(str(folder / WHOLE_FILE))
+            with no_panics():
+                Tokenizer.from_file(str(folder / WHOLE_FILE))
         except Exception as error:  # tokenizers raises nothing more specific
-            _check_whole(folder / WHOLE_FILE)
-            raise CheckpointError(f"{folder / WHOLE_FILE}: not readable as a tokenizer: {error}; {WITHOUT}") from None
+            raise _damaged(folder / WHOLE_FILE) from error
 
 
-def _check_whole(file: Path) -> None:
-    """Raises CheckpointError if a tokenizer.json that could not be opened is not what its name says."""
+def _damaged(file: Path) -> CheckpointError:
+    """Returns the error for a tokenizer.json that could not be opened."""
     try:
         stated = read_json(file)
     except CheckpointError as error:
-        raise CheckpointError(f"{error}; {WITHOUT}") from None
+        return CheckpointError(f"{error}; {WITHOUT}")
     if not isinstance(stated.get("model"), dict):
-        raise CheckpointError(f"{file}: model is missing, the tokens: {AGAIN}; {WITHOUT}")
+        return CheckpointError(f"{file}: model is missing, the tokens: {AGAIN}; {WITHOUT}")
+    reader = f"tokenizers {version('tokenizers')}"
+    return CheckpointError(
+        f"{file}: not readable as a tokenizer by {reader}: it is damaged, or newer: {AGAIN}, or {WITHOUT}"
+    )
 
 
 def open_tokenizer(folder: str) -> tuple[Any, tuple[int, ...]]:
@@ -77,19 +81,20 @@ def open_tokenizer(folder: str) -> tuple[Any, tuple[int, ...]]:
     path = Path(folder)
     file = _file(path)
     try:
-        if file == WHOLE_FILE and _own_class(path):  # the file says what that class would
-            tokenizer = _whole(path)
-        elif file == MODEL_FILE and not _is_tiktoken(path / file):
-            tokenizer = _sentencepiece(path)
-        else:
-            tokenizer = _as_transformers(path, **(_unstated(path, TEKKEN) if file == TEKKEN_FILE else {}))
+        with no_panics():
+            if file == WHOLE_FILE and _own_class(path):  # the file says what that class would
+                tokenizer = _whole(path)
+            elif file == MODEL_FILE and not _is_tiktoken(path / file):
+                tokenizer = _sentencepiece(path)
+            else:
+                tokenizer = _as_transformers(path, **(_unstated(path, TEKKEN) if file == TEKKEN_FILE else {}))
         if file != WHOLE_FILE:
             _check_added(path, tokenizer)
     except CheckpointError:
         raise
     except Exception as error:  # transformers raises whatever its parsers raise
         if file == WHOLE_FILE:
-            _check_whole(path / file)
+            check_tokenizer(folder)
         raise CheckpointError(f"{folder}: no usable tokenizer: {error}; {WITHOUT}") from error
     return tokenizer, end_ids(path, tokenizer.eos_token_id)
 
@@ -129,7 +134,7 @@ def _file(folder: Path) -> str:
     Raises CheckpointError if there is none, or if it needs the checkpoint's own code or a package that is not installed.
     """
     check_side_files(folder, TOKENIZER_FILES)
-    if (folder / WHOLE_FILE).is_file():
+    if present(folder / WHOLE_FILE):
         return WHOLE_FILE
     if own := _own_class(folder):
         raise CheckpointError(
@@ -137,13 +142,13 @@ def _file(folder: Path) -> str:
             f"convert it to {WHOLE_FILE}, or {WITHOUT}"
         )
     for name in TIKTOKEN_FILES:
-        if (folder / name).is_file() and _is_tiktoken(folder / name):
+        if present(folder / name) and _is_tiktoken(folder / name):
             return _if_installed("tiktoken", folder, name)
-    if (folder / MODEL_FILE).is_file():
+    if present(folder / MODEL_FILE):
         read_sentencepiece(folder / MODEL_FILE)
         return MODEL_FILE
     for name, package in CONVERTED.items():
-        if (folder / name).is_file():
+        if present(folder / name):
             return _if_installed(package, folder, name)
     known = ", ".join((WHOLE_FILE, *TIKTOKEN_FILES, *CONVERTED))
     raise CheckpointError(
@@ -175,7 +180,7 @@ def _is_tiktoken(file: Path) -> bool:
         with file.open("rb") as opened:
             return _TIKTOKEN_LINE.match(opened.read(1 << 12)) is not None
     except OSError as error:
-        raise CheckpointError(f"{file}: not readable: {error}") from None
+        raise CheckpointError(f"{file}: {unreadable(error)}") from None
 
 
 def _unstated(folder: Path, named: Mapping[str, Any]) -> dict[str, Any]:

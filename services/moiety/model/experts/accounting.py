@@ -16,6 +16,7 @@ from moiety.model.checkpoint.headers import TensorEntry
 from moiety.model.checkpoint.quantised import Stored
 from moiety.model.checkpoint.reading import FLOATS, Reader
 from moiety.model.checkpoint.side_files import AUTOAWQ_FILE, AUTOGPTQ_FILE, CONFIG_FILE, MODELOPT_FILE
+from moiety.model.experts.config_values import OF_EXPERTS
 from moiety.model.experts.unread import UNUSED, predicts_several_tokens
 
 _PLAIN = {*FLOATS, "F64"}  # dtypes of weights that are not quantised
@@ -53,7 +54,10 @@ def check_tensors(checkpoint: Checkpoint, model: Any, sources: Mapping[str, Mapp
                     f"{stored} belongs to {owner} ({checkpoint.tensor(owner).dtype}), but {_stated(checkpoint)}",
                 )
             reason = f"{stored} becomes no weight of the model, and {_stated(checkpoint)}"
-            raise unsupported(checkpoint, f"{reason}; if the model is the same without it, remove it")
+            remedy = "if the model is the same without it, remove it"
+            if OF_EXPERTS.search(name):
+                remedy = f"if {CONFIG_FILE} is not that of these weights, copy it from their publisher"
+            raise unsupported(checkpoint, f"{reason}; {remedy}")
 
 
 def _names_a_layer_of(model: Any, pattern: str) -> bool:

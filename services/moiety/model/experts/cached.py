@@ -16,7 +16,7 @@ from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.checkpoint.revision import revision_of
 from moiety.model.experts.layout import ExpertLayout, LayerLayout
 
-FORMAT = 5  # increase it with every change of ExpertLayout, and of what `derive_layout` refuses
+FORMAT = 6  # increase it with every change of ExpertLayout, and of what `derive_layout` refuses
 
 
 def expert_layout(checkpoint: Checkpoint) -> ExpertLayout:

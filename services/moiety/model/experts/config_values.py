@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from moiety.errors import CheckpointError
+from moiety.model.architectures.supported import nearest_hint, served_architectures
 from moiety.model.architectures.transformers_model import unsupported
+from moiety.model.checkpoint.bounds import MAX_COUNT
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.model.checkpoint.reading import FLOATS
-from moiety.model.checkpoint.side_files import CONFIG_FILE, CONTEXT_NAMES, MAX_COUNT, text_config, warn
+from moiety.model.checkpoint.side_files import CONFIG_FILE, CONTEXT_NAMES, text_config, warn
 
 DTYPES = {stored: str(dtype).removeprefix("torch.") for stored, dtype in FLOATS.items()}
+OF_EXPERTS = re.compile(r"(^|\.)(\w+_)?experts?\.")  # in a tensor's name
 TOP_K_NAMES = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -23,8 +27,35 @@ TOP_K_NAMES = (
 )
 
 
-def has_experts(config: Any) -> bool:
-    """Returns whether a config counts experts: then its model is none that Moiety knows, else it is a dense one."""
+def without_experts(checkpoint: Checkpoint, config: Any, model: str) -> CheckpointError:
+    """Returns the error for a checkpoint whose class in transformers, `model`, has no layer with experts.
+
+    It is a dense model, unless its weights have experts or its config counts some: then its config is another model's, or its
+    architecture keeps its experts where Moiety does not look.
+    """
+    file, architecture = checkpoint.path / CONFIG_FILE, checkpoint.architecture
+    held = next((name for name in checkpoint.tensors if OF_EXPERTS.search(name)), None)
+    if architecture in served_architectures():
+        return CheckpointError(
+            f"{file}: its values leave no layer with experts to {architecture}: copy the file from its publisher again"
+        )
+    if held is not None:
+        reason = (
+            f"{model} has no layer with experts that Moiety can spread, but the weights have experts, such as {held}"
+        )
+        return CheckpointError(
+            f"{file}: model_type = {architecture!r}: {reason}: copy the file from the publisher of the weights; "
+            "`moiety models` lists what can be served"
+        )
+    if _counts_experts(config):
+        reason = "it has no MoE layer that transformers routes through its experts interface, and no adapter"
+        return unsupported(checkpoint, f"{reason}; {nearest_hint(architecture)}")
+    kind = f"{model} is a dense model, without experts to spread"
+    return unsupported(checkpoint, f"{kind}: serve it with another engine, such as vLLM or llama.cpp")
+
+
+def _counts_experts(config: Any) -> bool:
+    """Returns whether a config counts experts."""
     counts = (value for name, value in config.get_text_config().to_dict().items() if name.endswith("experts"))
     return any(isinstance(count, list) or (isinstance(count, int) and count > 1) for count in counts)
 

@@ -18,7 +18,6 @@ from moiety.errors import CheckpointError
 from moiety.model.architectures.adapters import adapter_of
 from moiety.model.architectures.recognise import RoutedExperts
 from moiety.model.architectures.rope_by_length import served_context
-from moiety.model.architectures.supported import nearest_hint
 from moiety.model.architectures.transformers_model import (
     checkpoint_model,
     experts_modules,
@@ -34,9 +33,9 @@ from moiety.model.experts.config_values import (
     DTYPES,
     TOP_K_NAMES,
     computed_dtype,
-    has_experts,
     longest_text,
     setting,
+    without_experts,
 )
 from moiety.model.experts.layout import ExpertLayout, LayerLayout
 
@@ -51,11 +50,7 @@ def derive_layout(checkpoint: Checkpoint) -> ExpertLayout:
     model = checkpoint_model(checkpoint, config)
     modules = experts_modules(model)
     if not modules:
-        if not has_experts(config):
-            kind = f"{type(model).__name__} is a dense model, without experts to spread"
-            raise unsupported(checkpoint, f"{kind}: serve it with another engine, such as vLLM or llama.cpp")
-        reason = "it has no MoE layer that transformers routes through its experts interface, and no adapter"
-        raise unsupported(checkpoint, f"{reason}; {nearest_hint(checkpoint.architecture)}")
+        raise without_experts(checkpoint, config, type(model).__name__)
     try:
         described = {path: adapter_of(config.model_type).recognise(module) for path, module in modules}
     except ValueError as error:

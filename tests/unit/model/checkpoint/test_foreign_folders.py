@@ -81,6 +81,6 @@ def test_a_download_that_broke_off(tiny: Callable[[str], str], tmp_path: Path) -
     (folder / INDEX_FILE).write_text(json.dumps(index))
     (folder / "model-99.safetensors.incomplete").touch()
     with pytest.raises(
-        CheckpointError, match=r"1 of the \d+ shards .* model-99\.safetensors \(model-99\S+ is not complete"
+        CheckpointError, match=r"1 of the \d+ shards .* model-99\.safetensors is missing \(model-99\S+ is not complete"
     ):
         Checkpoint.open(folder)

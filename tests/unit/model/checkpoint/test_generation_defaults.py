@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from moiety.errors import CheckpointError
+from moiety.model.checkpoint.bounds import MAX_COUNT
 from moiety.model.checkpoint.generation_defaults import GenerationDefaults
 
 
@@ -30,18 +31,18 @@ def test_the_whole_vocabulary(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "bound"),
     [
-        ("temperature", -0.1, "0 to 10"),
-        ("temperature", "hot", "0 to 10"),
-        ("temperature", True, "0 to 10"),
-        ("temperature", float("nan"), "0 to 10"),
-        ("top_p", 0, "above 0 and at most 1"),
-        ("top_p", 1.1, "above 0 and at most 1"),
-        ("min_p", 2, "from 0 to 1"),
-        ("temperature", 11, "0 to 10"),
-        ("repetition_penalty", 0, "above 0, up to 10"),
-        ("top_k", 1.5, "an integer of at least -1"),
-        ("max_new_tokens", 0, "an integer of at least 1"),
-        ("max_new_tokens", [1], "an integer of at least 1"),
+        ("temperature", -0.1, "a number from 0 to 10"),
+        ("temperature", "hot", "a number from 0 to 10"),
+        ("temperature", True, "a number from 0 to 10"),
+        ("temperature", float("nan"), "a number from 0 to 10"),
+        ("top_p", 0, "a number above 0 and at most 1"),
+        ("top_p", 1.1, "a number above 0 and at most 1"),
+        ("min_p", 2, "a number from 0 to 1"),
+        ("temperature", 11, "a number from 0 to 10"),
+        ("repetition_penalty", 0, "a number above 0 and at most 10"),
+        ("top_k", 1.5, f"an integer from -1 to {MAX_COUNT}"),
+        ("max_new_tokens", 0, f"an integer from 1 to {MAX_COUNT}"),
+        ("max_new_tokens", [1], f"an integer from 1 to {MAX_COUNT}"),
     ],
 )
 def test_values_out_of_bounds(tmp_path: Path, field: str, value: Any, bound: str) -> None:

@@ -58,6 +58,24 @@ def write_damaged(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(whole[: len(whole) // 2])
 
 
+def write_tables(*tables: bytes) -> Callable[[Path], None]:
+    """Returns what writes a tokenizer.model with a damaged table of characters; with a second one, a tokenizer.json, too."""
+
+    def write(folder: Path) -> None:
+        write_model(folder)
+        model = import_protobuf().ModelProto()
+        model.ParseFromString((folder / "tokenizer.model").read_bytes())
+        model.normalizer_spec.precompiled_charsmap = tables[0]
+        (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+        for table in tables[1:]:
+            write_tokenizer(folder)
+            whole = json.loads((folder / "tokenizer.json").read_text())
+            whole["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()}
+            (folder / "tokenizer.json").write_text(json.dumps(whole))
+
+    return write
+
+
 def write_config(text: str) -> Callable[[Path], None]:
     """Returns what writes a tokenizer whose tokenizer_config.json is `text`."""
 
@@ -77,8 +95,17 @@ def write_config(text: str) -> Callable[[Path], None]:
         (write_config("[]"), r"tokenizer_config\.json"),
         (write_config("{"), r"tokenizer_config\.json"),
         (lambda folder: (folder / "tokenizer.model").write_bytes(b"no model"), r"tokenizer\.model: not"),
+        (write_tables(b"\1"), r"tokenizer\.model: not readable .*precompiled_charsmap\) is damaged: copy"),
+        (
+            write_tables(b"\4\0\0\0\1\0\0\0a\0b\0"),
+            r"tokenizer\.model: not readable .*precompiled_charsmap\) is damaged: copy",
+        ),
+        (write_tables(b"", b"\1"), r"tokenizer\.json: not readable as a tokenizer .*: copy"),
     ],
-    ids=["none", "damaged", "own code", "a list as config", "a damaged config", "a damaged model"],
+    ids=[
+        *("none", "damaged", "own code", "a list as config", "a damaged config", "a damaged model"),
+        *("no table", "a table that ends too early", "no table in tokenizer.json"),
+    ],
 )
 def test_what_cannot_be_opened_is_named(tmp_path: Path, write: Callable[[Path], object], why: str):
     """The check before a start and opening say the same reason, name the file or class, and run no code."""
