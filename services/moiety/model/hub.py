@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from moiety import __version__
 from moiety.errors import CheckpointError
+from moiety.model.checkpoint.files import present
 from moiety.model.checkpoint.foreign import ADAPTER_FILE, adapter_of_base, file_instead_of_folder, format_of
 
 if TYPE_CHECKING:
@@ -77,12 +78,12 @@ def local_folder(model: str, revision: str | None = None, *, say: Say) -> Path:
 
     Raises CheckpointError: there is neither; access is denied; no network; the disk is too small; it has no safetensors.
     """
-    if model and Path(model).is_file():
-        raise CheckpointError(f"{model}: {file_instead_of_folder(Path(model))}")
     if model and Path(model).is_dir():
         if revision is not None:
             raise CheckpointError(f"{model}: is a folder, so it has no revision {revision} to choose")
         return Path(model)
+    if model and present(Path(model)):
+        raise CheckpointError(f"{model}: {file_instead_of_folder(Path(model))}")
     if not is_model_id(model):
         raise CheckpointError(f"{model}: neither a folder here nor a Hugging Face id, such as Qwen/Qwen3-30B-A3B")
     from huggingface_hub import HfApi, constants

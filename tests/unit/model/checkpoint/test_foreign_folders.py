@@ -73,6 +73,14 @@ def test_a_file_instead_of_a_folder(name: str, sentence: str, tmp_path: Path) ->
             opened(str(tmp_path / name))
 
 
+def test_a_link_that_leads_nowhere(tmp_path: Path) -> None:
+    """A link is named as what it is, wherever a model can be named."""
+    (tmp_path / "m").symlink_to("m")
+    for opened in (Checkpoint.open, lambda path: local_folder(path, say=print)):
+        with pytest.raises(CheckpointError, match=r"/m: is a symbolic link that leads back to itself"):
+            opened(str(tmp_path / "m"))
+
+
 def test_a_download_that_broke_off(tiny: Callable[[str], str], tmp_path: Path) -> None:
     """Missing shards are counted and named, with the file that was begun."""
     folder = shutil.copytree(tiny("mixtral"), tmp_path / "copy")
