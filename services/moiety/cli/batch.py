@@ -102,7 +102,8 @@ def batch(
     the rest stays unsent. Exit status 1 if a request failed.
 
     With --model, the command serves the checkpoint itself, by processes of this machine that end with it; --groups,
-    --dtype and --skip-tokenizer are about these. The model's name in a body, where there is one, is then the id, or the folder's name.
+    --dtype and --skip-tokenizer are about these. The model's name in a body, where there is one, is then the id, or the
+    folder's name.
 
     \b
     Lines of INPUT and OUTPUT:
