@@ -27,6 +27,12 @@ class LazyGroup(click.Group):
         super().__init__(*args, **options)
         self._package, self._summaries = package, summaries
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args:  # click's own answer differs between its versions, and may be an error
+            click.echo(ctx.get_help())
+            ctx.exit()
+        return super().parse_args(ctx, args)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(self._summaries)
 

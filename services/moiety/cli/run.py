@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import time
+import weakref
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from math import inf
@@ -16,6 +18,7 @@ import click
 Result = TypeVar("Result")
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # they ask a command to end
 SAME_S = 0.5
+LOST_S = 0.1  # after which an interruption that was lost is raised again
 
 
 class Interrupted(KeyboardInterrupt):
@@ -69,21 +72,68 @@ class Signals:
 def signals_interrupt() -> Iterator[Signals]:
     """Raises Interrupted inside the block on SIGINT, SIGTERM or SIGHUP. Later signals are only noted, until the block ends.
 
-    SIGHUP is left alone where it is ignored, as under `nohup`.
+    An interruption that was lost is raised again, and the one that leaves the block names the signal. SIGHUP is left alone
+    where it is ignored, as under `nohup`.
     """
     signals = Signals()
+    raised: weakref.ref[Interrupted] | None = None
+    number_raised = signal.SIGINT
+
+    def lost(_: object) -> None:
+        """Sees to it that an interruption which nothing has handled is raised again.
+
+        Python drops what a signal's handler raises in a callback of its own, such as those of a fork or of `__del__`. Ray's
+        native code may make another KeyboardInterrupt of it.
+        """
+        if inside:
+            signal.setitimer(signal.ITIMER_REAL, LOST_S)
+
+    def kept(error: Interrupted) -> Interrupted:  # a frame of the traceback that knew the error would keep it alive
+        nonlocal raised, number_raised
+        raised, number_raised = weakref.ref(error, lost), signal.Signals(error.number)
+        return error
 
     def stop(number: int, _: object) -> None:
         if signals.note():
-            raise Interrupted(number)
+            raise kept(Interrupted(number))
+
+    def again(_number: int, _: object) -> None:
+        if raised is not None and raised() is None and not _handles_interruption():
+            raise kept(Interrupted(number_raised))
 
     handled = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN or number != signal.SIGHUP]
     before = {number: signal.signal(number, stop) for number in handled}
+    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, again)
+    hook, sys.unraisablehook = sys.unraisablehook, _without_interruptions(sys.unraisablehook)
+    inside = True
     try:
         yield signals
+    except Interrupted:
+        raise
+    except KeyboardInterrupt:
+        if raised is None:
+            raise
+        raise Interrupted(number_raised) from None
     finally:
+        inside = False
+        if raised is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _handles_interruption() -> bool:
+    """Whether the code that runs is a handler or clean-up of an interruption."""
+    error = sys.exception()
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
+
+
+def _without_interruptions(hook: Callable[[Any], object]) -> Callable[[Any], object]:
+    """Returns a `sys.unraisablehook` that does not print interruptions: they are raised again."""
+    return lambda dropped: None if isinstance(dropped.exc_value, Interrupted) else hook(dropped)
 
 
 async def _until_signalled(work: Coroutine[Any, Any, Result]) -> Result:

@@ -6,7 +6,7 @@ import json
 import shlex
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def serve(model: str, hub_revision: str | None, ray_address: str | None, dashboa
     from moiety.deploy.run import deploy_app
     from moiety.registry.embedded_redis import EmbeddedRedis
 
-    with _ended_by_signals() as signals, ExitStack() as ends:
+    with _ended_by_signals(show) as signals, ExitStack() as ends:
         record = ends.enter_context(
             recorded(settings.app, name, show, checkpoint=str(Path(folder).absolute()), ray_address=ray_address or "")
         )
@@ -113,14 +113,15 @@ def serve(model: str, hub_revision: str | None, ray_address: str | None, dashboa
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[Signals]:
+def _ended_by_signals(say: Callable[[str], None]) -> Iterator[Signals]:
     """As `signals_interrupt`, but only Ctrl-C and an end in a hurry are errors: to end is what the other signals ask for."""
-    with signals_interrupt() as signals:
-        try:
+    try:
+        with signals_interrupt() as signals:
             yield signals
-        except Interrupted as interruption:
-            if interruption.number == signal.SIGINT or signals.again():
-                raise
+    except Interrupted as interruption:
+        if interruption.number == signal.SIGINT or signals.again():
+            raise
+        say(f"ended by {signal.Signals(interruption.number).name}")
 
 
 def read_settings(

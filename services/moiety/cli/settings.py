@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from moiety.config.catalogue import catalogue
+from moiety.core.text import did_you_mean
 
 
 @click.command()
@@ -20,7 +21,12 @@ def settings(words: tuple[str, ...]) -> None:
       moiety settings
       moiety settings router overflow
     """
-    for setting in catalogue():
+    there = tuple(catalogue())
+    for word in words:
+        if not any(word in setting.name for setting in there):
+            near = did_you_mean(word, (part for setting in there for part in (setting.name, *setting.name.split("."))))
+            raise click.UsageError(f"no setting has {word!r} in its name{near}")
+    for setting in there:
         if not words or any(word in setting.name for word in words):
             value = f" = {setting.default}" if setting.default else ""
             click.echo(f"{setting.name}{value}  [{setting.variable}]\n    {setting.description}")

@@ -26,6 +26,7 @@ from moiety.core.system import SystemId
 from moiety.errors import FailedPrecondition
 
 SUFFIX = ".json"
+MOST_TEXT = 1 << 20  # characters of a record; nobody waits for a file that is larger, which is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +168,7 @@ def _read(file: Path) -> RunningSystem | None:
             return None
         with os.fdopen(descriptor, encoding="utf-8") as stream:
             try:
-                live, values = is_held(descriptor), json.load(stream)
+                live, values = is_held(descriptor), json.loads(stream.read(MOST_TEXT))
                 names = {field.name for field in fields(RunningSystem)}
                 values = {name: value for name, value in values.items() if name in names}
                 system = RunningSystem(**{**values, "grpc": tuple(values["grpc"]), "http": tuple(values["http"])})

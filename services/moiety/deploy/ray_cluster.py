@@ -7,8 +7,10 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -33,6 +35,7 @@ LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0" binds Ray to loopback
 
 MOST_FOLDER = 43  # characters; a socket's path may have 107, and Ray adds /session_<time>_<pid>/sockets/plasma_store
 SLOW_S = 10.0
+SLICE_MS = 200
 MOST_TEXT = 400  # characters of an error of Ray's
 _LOCAL = {
     "RAY_AUTH_MODE": "disabled",  # everything listens on loopback
@@ -132,8 +135,10 @@ def _own_signals() -> Iterator[None]:
     What Ray starts meanwhile ignores SIGHUP, as it does SIGINT. Both go to all processes of a terminal that closes or gets
     Ctrl-C, and Ray's must live until this process has ended them in order.
     """
-    from ray._private import utils
+    from ray._private import node, utils
 
+    wait = node.wait_for_persisted_port
+    node.wait_for_persisted_port = partial(_in_slices, wait)
     replace, mask = utils.set_sigterm_handler, signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     ours = signal.getsignal(signal.SIGTERM)
     if callable(ours):
@@ -141,10 +146,23 @@ def _own_signals() -> Iterator[None]:
     try:
         yield
     finally:
-        utils.set_sigterm_handler = replace
+        utils.set_sigterm_handler, node.wait_for_persisted_port = replace, wait
         if callable(ours) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, ours)  # Ray's C++ has put a handler below Python's, which aborts after 3 s
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # a SIGHUP that came meanwhile arrives now
+
+
+def _in_slices(wait: Callable[..., int], *where: str, timeout_ms: int) -> int:
+    """Waits as `wait`, Ray's for the port of a process that starts, which keeps Python's lock: no signal is heard meanwhile."""
+    until = time.monotonic() + timeout_ms / 1000
+    while True:
+        try:
+            return wait(*where, timeout_ms=min(timeout_ms, SLICE_MS))
+        except RuntimeError:
+            if time.monotonic() >= until:
+                raise
+        hidden = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # one that came meanwhile arrives now
+        signal.pthread_sigmask(signal.SIG_SETMASK, hidden)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -47,6 +48,12 @@ def test_list_agrees_with_commands(words: tuple[str, ...], moiety: Callable) -> 
     assert "Example" in help_text
 
 
+@pytest.mark.parametrize("words", [(), ("bench",)], ids=["moiety", "bench"])
+def test_a_group_alone_shows_its_help(words: tuple[str, ...], moiety: Callable) -> None:
+    """`moiety` and `moiety bench` without a command print what `--help` does, which is no error."""
+    assert moiety(*words) == moiety(*words, "--help")
+
+
 def test_version(moiety: Callable) -> None:
     """`--version` prints the program's name and its version."""
     assert moiety("--version").out == f"moiety, version {__version__}\n"
@@ -71,6 +78,7 @@ def test_version(moiety: Callable) -> None:
         (["bench", "serve", "--new", "1"], "1 is not in the range"),
         (["generate", "x", "--temperature", "11"], "11.0 is not in the range 0<=x<=10"),
         (["generate", "x", "--top-p", "0"], "0.0 is not in the range 0<x<=1"),
+        (["settings", "router.lane", "slts"], "no setting has 'slts' in its name; did you mean 'slots'?"),
         (["generate"], "Missing argument 'PROMPT'"),
     ],
 )
@@ -119,6 +127,26 @@ def test_only_the_first_signal_interrupts(number: signal.Signals, monkeypatch: p
         monkeypatch.setattr("moiety.cli.run.SAME_S", 0.0)
         os.kill(os.getpid(), number)
         assert signals.again()
+
+
+@pytest.mark.parametrize("becomes", [None, KeyboardInterrupt], ids=["dropped", "replaced"])
+def test_an_interruption_is_not_lost(becomes: type[KeyboardInterrupt] | None) -> None:
+    """One that code in between drops is raised again, one that it replaces names the signal and ends clean-up no sooner."""
+    steps = []
+
+    def drops_it(ends: contextlib.ExitStack) -> None:
+        ends.callback(steps.append, "cleaned up")
+        ends.callback(time.sleep, 0.3)
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        if becomes is not None:
+            raise becomes
+        time.sleep(5)
+        steps.append("went on")
+
+    with pytest.raises(Interrupted, match="SIGTERM"), signals_interrupt(), contextlib.ExitStack() as ends:
+        drops_it(ends)
+    assert steps == ["cleaned up"]
 
 
 def test_a_signal_is_no_error_of_a_library() -> None:

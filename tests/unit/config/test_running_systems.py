@@ -149,10 +149,12 @@ def test_a_record_with_a_wrong_field_is_not_believed(folder: Path, wrong: dict[s
 
 
 def test_no_file_in_the_folder_stops_a_command(folder: Path) -> None:
-    """A pipe, JSON that nests too deep and a folder are passed over at once."""
+    """A pipe, JSON that nests too deep, a file larger than the memory and a folder are passed over at once."""
     folder.mkdir(mode=0o700, exist_ok=True)
     os.mkfifo(folder / "pipe.json")
     (folder / "deep.json").write_text("[" * 100000)
+    with (folder / "huge.json").open("wb") as huge:
+        huge.truncate(1 << 42)
     (folder / "folder.json").mkdir()
     with recorded("moiety", "tiny", print):
         assert [system.app for system in running_systems()] == ["moiety"]

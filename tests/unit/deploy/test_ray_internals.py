@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 import pytest
-from ray._private import services, utils
+from ray._private import node, services, utils
 from ray._private.authentication import authentication_token_setup
 from ray._private.grpc_utils import init_grpc_channel
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
@@ -23,6 +23,11 @@ from ray.serve._private.controller import ServeController
             "ray_cluster.py leaves folders off the workers' path",
         ),
         (utils.set_sigterm_handler, ["sigterm_handler"], "ray_cluster.py keeps this process's handler of SIGTERM"),
+        (
+            node.wait_for_persisted_port,
+            ["dir", "node_id", "port_name", "timeout_ms"],
+            "ray_cluster.py hears signals while Ray waits for the port of its head",
+        ),
         (services.canonicalize_bootstrap_address, ["addr"], "ray_probe.py finds the address of `auto`"),
         (
             authentication_token_setup.maybe_enable_token_auth_if_token_available,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -26,6 +27,7 @@ def stop_on_cluster(address: str, settings: AppSettings, *, now: bool, progress:
         import ray
         from ray import serve
 
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # `progress` reports the same
         if settings.app not in (there := serve.status().applications):
             names = ", ".join(sorted(there)) or "none"
             raise NotFound(f"no application {settings.app!r} on the Ray at {address}: there are {names}")
