@@ -20,6 +20,7 @@ from moiety.config.application import AppSettings
 from moiety.core.supervise import spawn_thread
 from moiety.deploy.arguments import LOOPBACK, from_arguments
 from moiety.deploy.ray_probe import check_ray
+from moiety.deploy.ray_processes import children, end_all
 from moiety.errors import FailedPrecondition, Unavailable
 
 if TYPE_CHECKING:
@@ -80,6 +81,11 @@ def local_ray(
         # Ray reads its environment when it is imported.
         import ray
 
+        others = children({os.getpid()})
+
+        def shut_down() -> None:
+            end_all(children({os.getpid()}) - others, ray.shutdown)
+
         def start() -> None:
             with _own_signals():
                 ray.init(
@@ -103,13 +109,14 @@ def local_ray(
                     if isinstance(error, PermissionError | FileNotFoundError):
                         raise  # the next start would meet a wrong folder again
                     progress(f"Ray: did not start ({_one_line(error)}); trying once more")
-                    ray.shutdown()
+                    shut_down()
                     start()
+            started = children({os.getpid()}) - others
         except KeyboardInterrupt:
-            ray.shutdown()  # of what had started: the process may end without its exit handlers
+            shut_down()  # of what had started: the process may end without its exit handlers
             raise
         except Exception as error:
-            ray.shutdown()
+            shut_down()
             logs = folder / "session_latest" / "logs"
             where = f"; its logs are in {logs}" if logs.exists() else ""
             raise Unavailable(f"Ray did not start: {_one_line(error)}{where}") from error
@@ -120,7 +127,7 @@ def local_ray(
                 )
             yield
         finally:
-            ray.shutdown()
+            end_all(started, ray.shutdown)
 
 
 def default_ray_folder() -> Path:
