@@ -70,14 +70,14 @@ def serve(model: str, hub_revision: str | None, ray_address: str | None, dashboa
       moiety serve ./Mixtral-8x7B-v0.1 --set router.threads=8 --set overrides.experts-1.max_replicas=8
     """
     show = progress()
-    settings = read_settings(model, **options)  # before anything is downloaded, or imported for seconds
-    folder = local_model(model, hub_revision)
-    name = settings.served_name or (Path(folder).absolute().name if Path(model).is_dir() else model)
-    settings = settings.model_copy(update={"model": folder, "served_name": name})
-    from moiety.deploy.run import deploy_app
-    from moiety.registry.embedded_redis import EmbeddedRedis
-
     with _ended_by_signals(show) as signals, ExitStack() as ends:
+        settings = read_settings(model, **options)  # before anything is downloaded, or imported for seconds
+        folder = local_model(model, hub_revision)
+        name = settings.served_name or (Path(folder).absolute().name if Path(model).is_dir() else model)
+        settings = settings.model_copy(update={"model": folder, "served_name": name})
+        from moiety.deploy.run import deploy_app
+        from moiety.registry.embedded_redis import EmbeddedRedis
+
         record = ends.enter_context(
             recorded(settings.app, name, show, checkpoint=str(Path(folder).absolute()), ray_address=ray_address or "")
         )
@@ -105,7 +105,7 @@ def serve(model: str, hub_revision: str | None, ray_address: str | None, dashboa
             click.echo(f"ready: OpenAI HTTP API at http://{gateway}/v1")
         click.echo('try:   moiety generate "Hello"')
         if deployed.http:
-            request = json.dumps({"model": name, "prompt": "Hello"})
+            request = json.dumps({"model": name, "prompt": "Hello"}, ensure_ascii=False)
             click.echo(f"or:    curl http://{deployed.http[0]}/v1/completions --json {shlex.quote(request)}")
         click.echo("look:  moiety status, moiety logs")
         click.echo("Ctrl-C or `moiety stop` stops it, once running requests have finished; a second Ctrl-C at once.")

@@ -32,7 +32,7 @@ def check_ray(address: str) -> None:
     except (ValueError, OSError) as error:
         raise _refused(address, f"must be auto, or host:port of a head: {error}") from None
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as Ray does for `auto` alone
-    where = found if found == address else f"{found}{_origin(address)}"
+    where = f"{found}{_origin()}" if address == "auto" else address
     with init_grpc_channel(found) as channel:
         ask = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).CheckAlive
         try:
@@ -57,12 +57,10 @@ def _reason(code: grpc.StatusCode, where: str) -> str:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return f"nothing that is a Ray answered at {where} within {ANSWER_S:g} s: must be host:port of a running head"
     if code is grpc.StatusCode.UNAVAILABLE:
-        return f"no Ray answers at {where}: must be host:port of a running head, or leave the option out to start a Ray here"
+        return f"no Ray answers at {where}: must be host:port of a running head"
     return f"another program than a Ray answers at {where} ({code.name}): must be host:port of a running head"
 
 
-def _origin(address: str) -> str:
+def _origin() -> str:
     """Returns where `auto` found its address, in words."""
-    if address != "auto":
-        return ""
     return ", from RAY_ADDRESS" if os.environ.get("RAY_ADDRESS") else ", found on this machine"

@@ -22,6 +22,7 @@ from moiety.deploy.memory import MachineMemory, MemoryNeed
 from moiety.deploy.ray_cluster import LOGICAL_CPUS, Progress, connected, existing_ray, local_ray, on_this_cluster
 from moiety.deploy.ready import ServeStatus, until_ready, wanted_replicas
 from moiety.deploy.shutdown import end_application
+from moiety.errors import ConfigError
 from moiety.model.checkpoint.checkpoint import Checkpoint
 from moiety.registry.connect import forget
 from moiety.wire.shared_port import check_ports, claimed_ports
@@ -67,7 +68,8 @@ def deploy_app(
 
     Uses the Ray at `address` if given, else the Ray that this process is connected to. If there is neither, starts a Ray on
     this machine with `num_cpus` or as many CPUs as the application may ask for, with `dashboard` and `ray_folder`. Raises
-    CheckpointError, ConfigError or RegistryUnreachable before anything is started. Raises FailedPrecondition as soon as a
+    CheckpointError, ConfigError or RegistryUnreachable before anything is started; ConfigError too if the Ray has an
+    application of that name. Raises FailedPrecondition as soon as a
     replica cannot start or Serve has given up, Unavailable if Ray does not start or the application is not ready within
     `wait_s` seconds; in all cases nothing that this call started is left running. `hurried()`: whether the application's
     end waits no longer for running requests.
@@ -115,22 +117,24 @@ def deploy_app(
         status = ServeStatus(args.app)
         if short := _shortage(args):
             progress(f"Ray: {short}")
-        if args.app not in serve.status().applications:
-            url = args.registry.get_secret_value()
+        if args.app in serve.status().applications:
+            how = f"end it with `moiety stop --app {args.app} --ray-address {address or 'auto'}`, or set another name"
+            raise ConfigError("app", args.app, f"runs on this Ray already: {how}")
+        url = args.registry.get_secret_value()
 
-            def forget_system() -> None:
-                if not hurried():  # it waits for the entries of replicas that were killed
-                    asyncio.run(forget(url, args.system))
+        def forget_system() -> None:
+            if not hurried():  # it waits for the entries of replicas that were killed
+                asyncio.run(forget(url, args.system))
 
-            after_ray.callback(forget_system)
-            ends.callback(
-                end_application,
-                args.app,
-                progress,
-                registry=url,
-                # A Ray of its own ends next: where the application has not served yet, nothing needs the time.
-                hurried=lambda: hurried() or (alone and not served),
-            )
+        after_ray.callback(forget_system)
+        ends.callback(
+            end_application,
+            args.app,
+            progress,
+            registry=url,
+            # A Ray of its own ends next: where the application has not served yet, nothing needs the time.
+            hurried=lambda: hurried() or (alone and not served),
+        )
         serve.run_many(
             [target],
             wait_for_ingress_deployment_creation=False,

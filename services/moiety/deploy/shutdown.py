@@ -55,7 +55,7 @@ def _end(app: str, progress: Progress, registry: str, hurried: Callable[[], bool
     """As `end_application`. Raises Unavailable if Serve's controller does not answer any more."""
     from ray import serve
 
-    applications = _applications()
+    applications = _applications(1 if hurried() else TRIES)
     if app not in applications:
         return True
     began = counted_at = time.monotonic()

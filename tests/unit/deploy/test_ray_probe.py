@@ -34,7 +34,7 @@ def test_another_program(other_program: str) -> None:
 
 def test_nobody(unused_tcp_port: int) -> None:
     """An address where nobody listens is refused, with what to do instead."""
-    with pytest.raises(FailedPrecondition, match="or leave the option out to start a Ray here"):
+    with pytest.raises(FailedPrecondition, match="must be host:port of a running head"):
         check_ray(f"127.0.0.1:{unused_tcp_port}")
 
 
