@@ -9,6 +9,7 @@ from itertools import chain
 import click
 
 from moiety.cli.run import signals_interrupt
+from moiety.config.run_folder import kept_folder
 from moiety.config.running_systems import chosen, is_running, none_runs, running_systems
 from moiety.core.text import for_terminal
 from moiety.errors import FailedPrecondition
@@ -38,9 +39,10 @@ def logs(deployment: str | None, follow: bool, lines: int, app: str | None) -> N
 
     system = chosen(running_systems(), app)
     if system is None:
-        raise FailedPrecondition(
-            f"{none_runs()}. On a cluster each node keeps the logs of its replicas: `moiety status --registry URL` says where"
-        )
+        kept = kept_folder("serve")
+        earlier = f"; the latest run that failed or was killed has left its logs in {kept}" if kept else ""
+        cluster = "On a cluster each node keeps the logs of its replicas: `moiety status --registry URL` says where"
+        raise FailedPrecondition(f"{none_runs()}{earlier}. {cluster}")
     if (folder := log_folder(system)) is None:
         raise FailedPrecondition(f"{system}: its Ray keeps no logs in a folder of this machine that this command knows")
     if system.ready and not folder.is_dir():

@@ -60,6 +60,14 @@ def run_folder(kind: str, say: Callable[[str], None]) -> Iterator[Path]:
             say(f"the logs of this run stay in {folder.path}: the {KEPT} newest are kept, for {KEPT_S / 86400:g} days")
 
 
+def kept_folder(kind: str) -> Path | None:
+    """Returns the newest folder that a run which failed or was killed has left; None if there is none."""
+    with suppress(FailedPrecondition, OSError):
+        left = [(path.stat().st_mtime, path) for path in temporary_folder().glob(f"{kind}-*")]
+        return max(left)[1] if left else None
+    return None
+
+
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
     """Yields a new folder, for files that nobody wants later. If this process is killed, the next run removes the folder."""

@@ -10,7 +10,7 @@ import pytest
 
 from moiety.config.cache_folder import KEPT as DERIVED_KEPT
 from moiety.config.cache_folder import prune_derived, read_derived, write_derived
-from moiety.config.run_folder import KEPT, RunFolder, run_folder, scratch_folder
+from moiety.config.run_folder import KEPT, RunFolder, kept_folder, run_folder, scratch_folder
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +32,8 @@ def test_a_failed_run_keeps_its_folder_and_names_it() -> None:
     with pytest.raises(ValueError, match="reason"), run_folder("serve", said.append) as failed:
         raise ValueError(f"reason {(failed / 'log').write_text('why')}")
     assert [path.is_dir() for path in (ended, interrupted, empty, failed)] == [False, False, False, True]
+    assert kept_folder("serve") == failed
+    assert kept_folder("cluster") is None
     assert said == [f"the logs of this run stay in {failed}: the {KEPT} newest are kept, for 7 days"]
 
 

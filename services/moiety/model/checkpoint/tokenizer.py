@@ -41,7 +41,7 @@ CONVERTED = {
     TEKKEN_FILE: "mistral_common",
 }
 TEKKEN = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}  # what no tekken.json states
-WITHOUT = "set gateway.skip_tokenizer to true to serve token ids without it"
+WITHOUT = "serve token ids only, with --set gateway.skip_tokenizer=true or LLM(skip_tokenizer=True)"
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")
 
 

@@ -78,6 +78,8 @@ def _state(snapshot: Snapshot) -> str:
         return "starting"
     if not snapshot.replicas:
         return "no live replica"
+    if all(one.state is ReplicaState.DRAINING for one in snapshot.replicas):
+        return "shutting down"
     return f"not serving, no ready {' or '.join(role for role in Role if role not in serving)}"
 
 

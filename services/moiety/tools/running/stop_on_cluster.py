@@ -30,7 +30,7 @@ def stop_on_cluster(address: str, settings: AppSettings, *, now: bool, progress:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # `progress` reports the same
         if settings.app not in (there := serve.status().applications):
             names = ", ".join(sorted(there)) or "none"
-            raise NotFound(f"no application {settings.app!r} on the Ray at {address}: there are {names}")
+            raise NotFound(f"no application {settings.app!r} on the Ray at {address}: its applications: {names}")
         cluster = settings.cluster or ray.get_runtime_context().get_session_name()
         systems = _systems(registry, settings.app, cluster) if registry else ()
         ended = end_application(settings.app, progress, registry=registry, hurried=lambda: now)

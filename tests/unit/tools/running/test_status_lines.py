@@ -73,7 +73,7 @@ def test_it_fits_and_hides_secrets() -> None:
 
 
 def test_the_first_line_says_how_the_system_is() -> None:
-    """It serves if a ready replica of each role is there; else the line says which is missing, or that it starts."""
+    """It serves if a ready replica of each role is there; else the line says which is missing, or that it starts or ends."""
 
     def first(snapshot: Snapshot) -> str:
         return next(status_lines(snapshot))
@@ -81,6 +81,8 @@ def test_the_first_line_says_how_the_system_is() -> None:
     assert first(WHOLE) == "fake: serving, model tiny"
     assert first(replace(WHOLE, replicas=REPLICAS[:3])) == "fake: not serving, no ready gateway, model tiny"
     assert first(replace(WHOLE, replicas=())) == "fake: no live replica, model unknown"
+    ends = replace(WHOLE, replicas=[replace(one, state=ReplicaState.DRAINING) for one in REPLICAS])
+    assert first(ends) == "fake: shutting down, model tiny"
     starting = Snapshot(FoundSystem("", None, LOCAL), NOW)
     lines = list(status_lines(starting))
     assert lines[0] == "fake: starting, model tiny"
