@@ -12,8 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from moiety.errors import CheckpointError
-from moiety.model.checkpoint.bounds import shown
+from moiety.errors import CheckpointError, shown
 
 AGAIN = "copy it from its publisher again"
 POINTER = b"version https://git-lfs"  # how a file of Git LFS begins where its content was not fetched
