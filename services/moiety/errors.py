@@ -38,7 +38,7 @@ class InvalidRequest(MoietyError):
 
     def __init__(self, field: str, value: object, bound: str) -> None:
         self.field, self.value, self.bound = field, value, bound
-        super().__init__(f"{field} = {_shown(value)}: must be {bound}")
+        super().__init__(f"{field} = {shown(value)}: must be {bound}")
 
 
 class NotFound(MoietyError):
@@ -70,8 +70,8 @@ class ConfigError(FailedPrecondition):
 
     def __init__(self, field: str, value: object, bound: str) -> None:
         self.field, self.value, self.bound = field, value, bound
-        shown = "" if value is NOT_SHOWN else f" = {_shown(value)}"
-        super().__init__(f"setting {field}{shown}: {bound}")
+        given = "" if value is NOT_SHOWN else f" = {shown(value)}"
+        super().__init__(f"setting {field}{given}: {bound}")
 
 
 class CheckpointError(FailedPrecondition):
@@ -124,7 +124,7 @@ class WrongSystem(MoietyError):
     """A peer belongs to another system, see core/system.py. Nothing was computed."""
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """Returns a value, cut: a text and a number as they are, all else as JSON and YAML have it, such as null and true."""
     text = repr(value)
     if isinstance(value, bool) or not isinstance(value, str | int | float):

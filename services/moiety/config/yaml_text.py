@@ -17,7 +17,7 @@ _TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 # What to do about a character that stands where it must not. The parser's own words quote the file.
 _ADVICE = {
     "\t": "indent with spaces, not tabs",
-    ":": 'put a text with ": " inside in quotes',
+    ":": 'check the indentation, and put a text with ": " inside in quotes',
     "*": "no anchor has the name of this alias; put a text that begins with * in quotes",
     "&": "another anchor has this name",
     **{sign: f"put a text that begins with {sign} in quotes" for sign in "%@`"},
@@ -94,11 +94,12 @@ class _Loader(yaml.SafeLoader):
             _refuse(event.start_mark, f"more than {MOST_NODES} values, counted with those that aliases repeat")
 
 
-# `010` stays a text, which is 10 where a number is wanted: for YAML 1.1 it was 8.
+# `010` stays a text, which is 10 where a number is wanted: for YAML 1.1 it was 8. So does 0x with more than 16 digits: Python
+# may read such a number and then refuse to write it into an error.
 for _type, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
-    ("int", r"[-+]?(0|[1-9][0-9]*|0o[0-7]+|0x[0-9a-fA-F]+)", [*"-+0123456789"]),
+    ("int", r"[-+]?(0|[1-9][0-9]*|0o[0-7]{1,24}|0x[0-9a-fA-F]{1,16})", [*"-+0123456789"]),
     ("float", r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?", [*"-+.0123456789"]),
     ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", [*"-+."]),
     ("merge", r"<<", ["<"]),

@@ -222,10 +222,11 @@ def _explained(model: str, revision: str | None) -> Iterator[None]:
     except Exception as error:
         if not _unreachable(error):
             raise
+        chosen = f" --revision {revision}" if revision else ""
         raise CheckpointError(
             f"{model}: no folder here, {constants.HF_HUB_CACHE} has no complete copy, and {hub} cannot be reached: check the "
             "network and run the command again (complete files are kept), name a mirror with HF_ENDPOINT, or run "
-            f"`hf download {model} --local-dir FOLDER` on another machine, copy FOLDER here and name it instead"
+            f"`hf download {model}{chosen} --local-dir FOLDER` on another machine, copy FOLDER here and name it instead"
         ) from error
 
 

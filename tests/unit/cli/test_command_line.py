@@ -68,6 +68,8 @@ def test_version(moiety: Callable) -> None:
         (["generate", "x", "--url", "y"], "No such option '--url'; did you mean '--address'?"),
         (["generate", "x", "--temp", "1"], "No such option '--temp'; did you mean '--temperature' or '--template-"),
         (["serve", "x", "--threads", "8"], "did you mean '--set router.threads=…' or '--set experts.threads=…'?"),
+        (["serve", "x", "--router-slot", "8"], "did you mean '--set router.slots=…'?"),
+        (["serve", "x", "--hlp"], "No such option '--hlp'; did you mean '--help'?"),
         (["bench", "hop", "--log-level", "info"], "it goes before the command: moiety --log-level …"),
         (["--log-level", "loud", "bench"], "'loud' is not one of 'debug', 'info', 'warning', 'error'"),
         (["parity", "x", "--groups", "0"], "0 is not in the range x>=1"),

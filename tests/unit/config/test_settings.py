@@ -288,6 +288,7 @@ def test_a_missing_setting_is_reported_without_the_others():
         ("a: [", "cannot be read"),
         ("", "must hold a mapping"),
         ("groups: " + "9" * 5000, "too many digits"),
+        ("groups: 0x" + "f" * 5000, "groups = '0xf.*: must be a whole number"),
         ("groups: " + "[" * 2000, "nests too deep"),
         ("&a {groups: *a}", "line 1, column 13: an alias stands inside its own anchor"),
         (
@@ -301,7 +302,8 @@ def test_a_missing_setting_is_reported_without_the_others():
         ("groups: 3\n---\ngroups: 4", "line 2, column 1: a second document begins"),
         ("router:\n\tslots: 3", "line 2, column 1: not YAML: indent with spaces"),
         ("app: *hunter2", "line 1, column 6: not YAML: no anchor has the name of this alias"),
-        ("app: a: b", "line 1, column 7: not YAML: put a text with"),
+        ("router:\n  slots: 3\n   lanes: 4", "line 3, column 9: not YAML: check the indentation"),
+        ("app: a: b", "line 1, column 7: not YAML: check the indentation, and put a text with"),
         ("app: \x01", r"character 6, U\+0001, may not stand in YAML"),
     ],
 )

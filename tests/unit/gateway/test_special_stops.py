@@ -50,6 +50,19 @@ async def test_a_special_token_may_be_a_part_of_a_stop_string(
     assert (choice["text"], choice.get("stop_reason")) == (shown, reason)
 
 
+@pytest.mark.parametrize("stop", [STOP, f"d{STOP}"])
+async def test_other_tokens_may_spell_a_special_one(tokenizer: Tokenizer, stop: str):
+    """A model may write a special token as text: the text ends there, too."""
+    engine = FakeEngine("a", SHAPE)
+    engine.script = [token for part in ("an end", STOP[:2], STOP[2:], "more") for token in tokenizer.encode(part)]
+    assert PAD not in engine.script
+    async with door_over(tokenizer, engine) as door:
+        (choice,) = (await door.post("/v1/completions", prompt=[5], stop=[stop], max_tokens=len(engine.script)))[
+            "choices"
+        ]
+    assert (choice["text"], choice["stop_reason"]) == (f"an end{STOP}".removesuffix(stop), stop)
+
+
 async def test_only_special_tokens_of_the_model_count(tokenizer: Tokenizer):
     """A stop string that is a plain token, or part of a special one, is searched in the text alone."""
     engine = FakeEngine("a", SHAPE)

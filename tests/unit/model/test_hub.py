@@ -139,9 +139,9 @@ def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pointed_at(monkeypatch, "http://127.0.0.1:9", tmp_path):
         with pytest.raises(
             CheckpointError,
-            match=r"http://127.0.0.1:9 cannot be reached: .*HF_ENDPOINT.* `hf download maker/tiny --local-dir FOLDER`",
+            match=r"http://127.0.0.1:9 cannot be reached: .*HF_ENDPOINT.* `hf download maker/tiny --revision v1 --local-dir FOLDER`",
         ):
-            local_folder("maker/tiny", say=quiet)
+            local_folder("maker/tiny", "v1", say=quiet)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         with pytest.raises(
             CheckpointError, match=r"not in the cache .*HF_HUB_OFFLINE is set: unset it, or name a folder"

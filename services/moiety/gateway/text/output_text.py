@@ -15,7 +15,8 @@ class OutputText:
     """One choice: turns its tokens into text, up to its first stop string.
 
     A stop string may have special tokens in it, which decoding leaves out. Each of these gets a mark: a character that stands
-    for it in the stop strings and in the text that is searched, and is taken out of what is sent.
+    for it in the stop strings and in the text that is searched, and is taken out of what is sent. The string as given is
+    searched for too, since other tokens may spell it.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], continues: Sequence[int], *, special: bool = False):
@@ -24,9 +25,10 @@ class OutputText:
         marks = {text: chr(FIRST_MARK + number) for number, text in enumerate(sorted(found))}
         self._marks = {tokenizer.special_id(text): mark for text, mark in marks.items()}
         self._unmarked = str.maketrans("", "", "".join(marks.values()))
-        searched = [tokenizer.special_texts.sub(lambda text: marks[text[0]], stop) if marks else stop for stop in stops]
-        self._named = dict(zip(searched, stops, strict=True))
-        self._detokenizer, self._stops = Detokenizer(tokenizer, continues, special=special), StopStrings(searched)
+        self._named = {stop: stop for stop in stops}
+        if marks:
+            self._named |= {tokenizer.special_texts.sub(lambda text: marks[text[0]], stop): stop for stop in stops}
+        self._detokenizer, self._stops = Detokenizer(tokenizer, continues, special=special), StopStrings([*self._named])
         self._produced = 0
         self._exempt = 0  # characters of the first min_tokens tokens that the detokenizer still holds
 

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from moiety.core.text import did_you_mean
-from moiety.errors import CheckpointError
+from moiety.errors import CheckpointError, shown
 from moiety.model.architectures.supported import served_architectures
-from moiety.model.checkpoint.bounds import shown
 from moiety.model.checkpoint.files import AGAIN
 from moiety.model.checkpoint.side_files import text_config
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moiety.errors import CheckpointError
+from moiety.errors import CheckpointError, shown
 
 MAX_COUNT = (1 << 31) - 1
 
@@ -63,9 +63,3 @@ def check_fields(file: Path, stated: Mapping[str, Any], bounds: Mapping[str, Bou
         value = stated.get(name)
         if value is not None and not bound.holds(value):
             raise CheckpointError(f"{file}: {within}{name} = {shown(value)}: must be {bound.words}")
-
-
-def shown(value: Any) -> str:
-    """Returns a value as an error shows it."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"

@@ -12,8 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from moiety.errors import CheckpointError
-from moiety.model.checkpoint.bounds import shown
+from moiety.errors import CheckpointError, shown
 
 AGAIN = "copy it from its publisher again"
 POINTER = b"version https://git-lfs"  # how a file of Git LFS begins where its content was not fetched
@@ -34,7 +33,7 @@ def instead_of_file(path: Path) -> str | None:
         if path.is_dir():
             return "is a folder, not a file"
         path.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no path can have a NUL in it
         return f"is a symbolic link to {os.readlink(path)}, which is missing" if path.is_symlink() else "is missing"
     except OSError as error:
         return "is a symbolic link that leads back to itself" if error.errno == errno.ELOOP else unreadable(error)

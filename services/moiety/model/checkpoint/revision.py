@@ -123,7 +123,8 @@ def _digest(config: str, shards: int, stamps: tuple[_Stamp, ...], verify: Verify
                 _add(digest, str(size).encode())
                 _add(digest, content)
     except OSError as error:
-        raise CheckpointError(f"{error.filename}: {unreadable(error)}") from error
+        place = error.filename or files[0].parent  # an open file that fails has no name
+        raise CheckpointError(f"{place}: {unreadable(error)}") from error
     return digest.hexdigest()
 
 

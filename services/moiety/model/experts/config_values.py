@@ -31,11 +31,12 @@ def without_experts(checkpoint: Checkpoint, config: Any, model: str) -> Checkpoi
     """Returns the error for a checkpoint whose class in transformers, `model`, has no layer with experts.
 
     It is a dense model, unless its weights have experts or its config counts some: then its config is another model's, or its
-    architecture keeps its experts where Moiety does not look.
+    architecture keeps its experts where Moiety does not look. Some architectures, such as Granite-hybrid, have both.
     """
     file, architecture = checkpoint.path / CONFIG_FILE, checkpoint.architecture
     held = next((name for name in checkpoint.tensors if OF_EXPERTS.search(name)), None)
-    if architecture in served_architectures():
+    counted = _counts_experts(config)
+    if architecture in served_architectures() and (held is not None or counted):
         return CheckpointError(
             f"{file}: its values leave no layer with experts to {architecture}: copy the file from its publisher again"
         )
@@ -47,7 +48,7 @@ def without_experts(checkpoint: Checkpoint, config: Any, model: str) -> Checkpoi
             f"{file}: model_type = {architecture!r}: {reason}: copy the file from the publisher of the weights; "
             "`moiety models` lists what can be served"
         )
-    if _counts_experts(config):
+    if counted:
         reason = "it has no MoE layer that transformers routes through its experts interface, and no adapter"
         return unsupported(checkpoint, f"{reason}; {nearest_hint(architecture)}")
     kind = f"{model} is a dense model, without experts to spread"

@@ -33,7 +33,7 @@ from moiety.synthetic import write_tiny
         ({"decoder_sparse_step": 0}, "decoder_sparse_step = 0: must be at least 1: copy"),
         ({"moe_intermediate_size": -1}, "moe_intermediate_size = -1: must be at least 1: copy"),
         ({"mlp_only_layers": "x"}, "mlp_only_layers = 'x': must be a list or null: copy"),
-        ({"mlp_only_layers": ["x"]}, r"mlp_only_layers = \['x'\]: holds an item of a wrong type: copy"),
+        ({"mlp_only_layers": ["x"]}, r'mlp_only_layers = \["x"\]: holds an item of a wrong type: copy'),
         ({"pad_token_id": 5000}, "pad_token_id = 5000: must be below vocab_size"),
         ({"layer_types": "full_attention"}, "layer_types = 'full_attention': must be a list"),
         (

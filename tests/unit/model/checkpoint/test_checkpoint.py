@@ -190,5 +190,5 @@ def test_a_field_that_is_null_is_named_by_its_file(folder: Path):
     """What transformers refuses for its type names file, field, value and bound, and no other architecture."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": None}))
-    with pytest.raises(CheckpointError, match=r"config\.json: num_hidden_layers = None: must be an integer: copy"):
+    with pytest.raises(CheckpointError, match=r"config\.json: num_hidden_layers = null: must be an integer: copy"):
         load_config(Checkpoint.open(folder))

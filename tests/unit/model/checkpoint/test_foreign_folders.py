@@ -81,6 +81,18 @@ def test_a_link_that_leads_nowhere(tmp_path: Path) -> None:
             opened(str(tmp_path / "m"))
 
 
+@pytest.mark.parametrize("path", ["maker/tiny", "maker\0"])
+def test_what_no_file_can_be(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is called like the owner of an id hides no model; a name that no path can have is a missing folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    Path("maker").touch()
+    with pytest.raises(CheckpointError, match=r"no such folder"):
+        Checkpoint.open(path)
+    with pytest.raises(CheckpointError, match=r"not in the cache|neither a folder here nor"):
+        local_folder(path, say=print)
+
+
 def test_a_download_that_broke_off(tiny: Callable[[str], str], tmp_path: Path) -> None:
     """Missing shards are counted and named, with the file that was begun."""
     folder = shutil.copytree(tiny("mixtral"), tmp_path / "copy")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moiety.errors import CheckpointError
+from moiety.errors import CheckpointError, shown
 from moiety.model.checkpoint.bounds import MAX_COUNT
 from moiety.model.checkpoint.generation_defaults import GenerationDefaults
 
@@ -51,7 +51,7 @@ def test_values_out_of_bounds(tmp_path: Path, field: str, value: Any, bound: str
     file.write_text(json.dumps({field: value}))
     with pytest.raises(CheckpointError) as caught:
         GenerationDefaults.open(tmp_path)
-    assert str(caught.value) == f"{file}: {field} = {value!r}: must be {bound}"
+    assert str(caught.value) == f"{file}: {field} = {shown(value)}: must be {bound}"
 
 
 def test_a_damaged_file(tmp_path: Path) -> None:

@@ -124,6 +124,10 @@ REFUSED = {
         r"llama.*quantised \(aqlm\): must be one of fp8",
     ),
     "dense": (DENSE, "architecture llama.*LlamaForCausalLM is a dense model"),
+    "dense of a kind with experts": (
+        {**DENSE, "model_type": "granitemoehybrid", "layer_types": ["attention"], "num_local_experts": 0},
+        "GraniteMoeHybridForCausalLM is a dense model",
+    ),
     "unknown": ({"model_type": "grok-2"}, r"config\.json: model_type = 'grok-2': no architecture .*mean 'grok-1'"),
     "no model type": ({}, r"config\.json: model_type is missing"),
     "not a language model": ({"model_type": "vit"}, "architecture vit.*no class that generates text"),
