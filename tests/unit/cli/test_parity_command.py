@@ -38,7 +38,7 @@ def test_unknown_architecture_exits_one(tiny: Callable[[str], str], moiety: Call
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "perceptron_1958"}))
     outcome = moiety("parity", str(folder))
     assert (outcome.status, outcome.out) == (1, "")
-    assert outcome.err.startswith(f"error: checkpoint {folder} (architecture perceptron_1958): ")
+    assert outcome.err.startswith(f"error: {folder}/config.json: model_type = 'perceptron_1958': ")
 
 
 def test_too_many_groups_exit_one(tiny: Callable[[str], str], moiety: Callable) -> None:

@@ -139,7 +139,7 @@ def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pointed_at(monkeypatch, "http://127.0.0.1:9", tmp_path):
         with pytest.raises(
             CheckpointError,
-            match=r"http://127.0.0.1:9 cannot be reached: .*HF_ENDPOINT.* `hf download maker/tiny --revision v1 --local-dir FOLDER`",
+            match=r"127.0.0.1:9 cannot be reached: .*HF_ENDPOINT.* `hf download maker/tiny --revision v1 --local-dir FOLDER`",
         ):
             local_folder("maker/tiny", "v1", say=quiet)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
