@@ -31,7 +31,8 @@ class OutageLog:
         self._what, self._shutdown = what, shutdown
         self._closed = threading.Event()
         self._thread = 0  # the thread inside export(): we report what the SDK logs there
-        otlp.logger.addFilter(self._passes)
+        # First, before the SDK's filter of duplicates: another exporter may just have logged the same.
+        otlp.logger.filters.insert(0, self._passes)
 
     def export(self, send: Callable[[], Result], success: Result, failure: Result) -> Result:
         """Returns the result of `send()`, or `failure` if it raises. After `close`, sends nothing."""

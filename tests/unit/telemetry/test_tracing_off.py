@@ -68,6 +68,17 @@ def test_no_collector_is_quiet_and_bounded(dead_endpoint, caplog):
     assert caplog.records[0].exc_info is None
 
 
+def test_each_of_two_exporters_reports_its_outage(dead_endpoint, caplog):
+    """Two tracers without a collector, one right after the other, give a warning each."""
+    tracers = [configure(f"moiety-{name}", endpoint=dead_endpoint) for name in ("router", "gateway")]
+    for tracer in tracers:
+        tracer.start(SpanName.STEP, parent=None).end()
+        assert not tracer.flush(timeout_s=0.2)
+    for tracer in tracers:
+        tracer.shutdown(timeout_s=0.2)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2, caplog.text
+
+
 def test_a_collector_that_hangs_is_quiet_and_bounded(caplog):
     """A collector that accepts and does not answer delays shutdown by its timeout, not by the exporter's ten seconds."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
