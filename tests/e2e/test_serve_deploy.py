@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,8 +24,8 @@ WAIT_S = 120.0
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 
-async def test_the_unchanged_file_deploys_and_serves(ray_head: RayHead) -> None:
-    """The committed file starts a system that serves on the ports of the environment, and Serve can delete it.
+async def test_the_unchanged_file_deploys_and_serves(ray_head: RayHead, tiny: Callable[[str], str]) -> None:
+    """The committed file starts a system that serves on the ports of the environment. `moiety serve` does not replace it.
 
     Over 20 s: four replicas start on two cores.
     """
@@ -42,6 +43,11 @@ async def test_the_unchanged_file_deploys_and_serves(ray_head: RayHead) -> None:
         assert len([token async for chunk in stream for token in chunk.token_ids]) == 8
     with await asyncio.to_thread(urllib.request.urlopen, f"http://{ray_head.http}/healthz", timeout=10) as answer:
         assert answer.status == 200
+    command = [Path(sys.executable).with_name("moiety"), "serve", tiny("mixtral"), "--ray-address", ray_head.address]
+    command += ["--registry", ray_head.redis_url, "--grpc-port", "0", "--http-port", "0"]
+    refused = await asyncio.to_thread(subprocess.run, command, **options)
+    assert refused.returncode == 1
+    assert "setting app = 'moiety': runs on this Ray already: end it with `moiety stop --app moiety" in refused.stderr
     (system,) = await live_systems(ray_head.redis_url, "moiety")
     registry = connect(ray_head.redis_url, system)
     try:
