@@ -1,0 +1,76 @@
+"""What all cleaners share: documents are texts, and the paragraphs of prose stand between empty lines."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+SHORTEST = 40  # characters of a paragraph of a manual; what is shorter is mostly a label
+BETWEEN_PARAGRAPHS, BETWEEN_DOCUMENTS = "\n\n", "\n\n\n"
+# Files of a permissive package that name another licence may be under it.
+_RECIPROCAL = re.compile(
+    r"GNU (Lesser |Library |Affero )?General Public|\b[AL]?GPL(v?[23])?\b|CC.BY.SA|Share-?Alike", re.I
+)
+
+
+def squeeze(text: str) -> str:
+    """Returns `text` in one line: every run of white space is one space."""
+    return " ".join(text.split())
+
+
+def joined(paragraphs: Iterable[str]) -> str:
+    """Returns paragraphs as one document."""
+    return BETWEEN_PARAGRAPHS.join(paragraphs)
+
+
+def read(file: Path) -> str:
+    """Returns the text of a file with plain line ends. Bytes that are not UTF-8 become U+FFFD."""
+    return file.read_bytes().decode("utf-8", "replace").removeprefix("\ufeff").replace("\r\n", "\n")
+
+
+def names_reciprocal_licence(text: str) -> bool:
+    """Whether a text names a licence that asks the same of what is made from it, such as the GPL."""
+    return _RECIPROCAL.search(text) is not None
+
+
+def unique(documents: Iterable[str]) -> Iterator[str]:
+    """Yields documents, without those that came before with other white space."""
+    seen: set[bytes] = set()
+    for document in documents:
+        digest = hashlib.sha256("".join(document.split()).encode()).digest()
+        if digest not in seen:
+            seen.add(digest)
+            yield document
+
+
+def unique_paragraphs(documents: Iterable[str]) -> Iterator[str]:
+    """Yields documents without the paragraphs that came before, in the same document or in another; headings may repeat."""
+    seen: set[str] = set()
+    for document in documents:
+        kept = []
+        for paragraph in document.split(BETWEEN_PARAGRAPHS):
+            if len(paragraph) < SHORTEST or paragraph not in seen:
+                kept.append(paragraph)
+            seen.add(paragraph)
+        while kept and len(kept[-1]) < SHORTEST:  # headings of paragraphs that were left out
+            kept.pop()
+        if kept:
+            yield joined(kept)
+
+
+def at_most(documents: Sequence[str], most: int | None) -> list[str]:
+    """Returns documents of `most` characters at most, in their order.
+
+    Which ones depends on the documents alone: those whose hashes are lowest, so that all parts of a manual have a chance.
+    """
+    if most is None:
+        return list(documents)
+    ranked = sorted(range(len(documents)), key=lambda i: hashlib.sha256(documents[i].encode()).digest())
+    chosen, size = [], 0
+    for index in ranked:
+        if size + len(documents[index]) <= most:
+            chosen.append(index)
+            size += len(documents[index])
+    return [documents[index] for index in sorted(chosen)]

@@ -1,0 +1,32 @@
+"""Scripts of sh, bash, bats and zsh."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from moiety.training.cleaning.documents import names_reciprocal_licence, read
+
+_LICENCE = re.compile(r"copyright|licen[sc]e", re.I)
+_SMALLEST, _LARGEST = 80, 400_000  # characters
+
+
+def without_licence(text: str) -> str:
+    """Returns a script without the comments after its first line, if they are about its licence."""
+    lines = text.split("\n")
+    first = int(lines[0].startswith("#!"))
+    end = first
+    while end < len(lines) and (lines[end].startswith("#") or not lines[end].strip()):
+        end += 1
+    if _LICENCE.search("\n".join(lines[first:end])):
+        lines[first:end] = []
+    return "\n".join(line.rstrip() for line in lines).strip()
+
+
+def clean(files: Sequence[Path]) -> Iterator[str]:
+    """Yields the scripts that are text and name no reciprocal licence."""
+    for file in files:
+        text = read(file)
+        if _SMALLEST < len(text) < _LARGEST and not {"\0", "\ufffd"} & set(text) and not names_reciprocal_licence(text):
+            yield re.sub(r"\n{3,}", "\n\n", without_licence(text))
