@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
 import subprocess
@@ -66,8 +67,11 @@ def _pypi(archive: Archive, folder: Path) -> None:
 
 def _pypi_source(archive: Archive, folder: Path) -> None:
     """Brings a source archive. `pip download` would run its build for metadata, so pip is only asked where it is."""
-    commands: Any = __import__("pip._internal.commands", fromlist=["create_command"])
-    command = commands.create_command("download")
+    try:
+        create_command: Any = importlib.import_module("pip._internal.commands").create_command
+    except ImportError as error:
+        raise Unavailable(f"{archive.title}: needs pip in this Python's environment") from error
+    command = create_command("download")
     options, _ = command.parse_args([f"--no-binary={archive.package}"])
     with command.main_context():
         session = command.get_default_session(options)

@@ -18,8 +18,8 @@ _HEADINGS = frozenset({"h1", "h2", "h3", "h4", "h5", "h6"})
 _LEFT_OUT = frozenset({"head", "nav", "pre", "script", "select", "style", "svg", "template", "textarea"})
 _CLASSES = """
     sphinxsidebar related footer headerlink sig contents toc toctree-wrapper navheader navfooter highlight viewcode-link
-    literallayout programlisting screen synopsis refsynopsisdiv langavail related-topics
-    indextable modindextable genindextable
+    literallayout programlisting screen synopsis refsynopsisdiv langavail toplang bottomlang
+    related-topics     indextable modindextable genindextable
 """
 _LEFT_OUT_CLASSES = frozenset(_CLASSES.split())
 _LEFT_OUT_IDS = frozenset({"preamble", "quickview", "comments_section", "footer", "path", "toc"})

@@ -12,6 +12,8 @@ _HEADER = re.compile(r"\A---\n.*?\n---\n", re.S)
 _COMMENT = re.compile(r"<!--.*?-->", re.S)
 _FENCED = re.compile(r"^ *(```+|~~~+).*?^ *\1", re.S | re.M)
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
+_HTML = re.compile(r"</?(?:a|b|br|code|div|em|h\d|i|img|li|ol|p|span|strong|t(?:able|body|d|h|head|r)|ul)\b[^<>]*>")
+_TABLE_ROW = re.compile(r"^\s*\|.*\n", re.M)
 _IMAGE = re.compile(r"!\[[^\]]*\]\([^)]*\)")
 _LINK = re.compile(r"\[([^\]]*)\](\([^)]*\)|\[[^\]]*\])")
 _ADMONITION = re.compile(r"^ *(/{3}|!{3}|\?{3}|:{3}).*$", re.M)
@@ -19,7 +21,7 @@ _BLOCK = re.compile(r"\n\s*\n|\n(?=\s*(?:[*+-] |\d+\. ))")
 _HEADING = re.compile(r"^ *(#+ .*)$", re.M)
 _MARKER = re.compile(r"^(?:[#>*+-]+\s+|\d+\. )+")
 _ATTRIBUTES = re.compile(r"\s*\{ ?[.#:][^}]*\}")
-_MARKS = re.compile(r"`|\*\*|__(?=\w)|(?<=\w)__|(?<!\w)\*(?=\w)|(?<=\w)\*(?!\w)|&nbsp;")
+_MARKS = re.compile(r"`|\*\*|(?<!\w)\*(?=\w)|(?<=\w)\*(?!\w)|(?<!\w)_(?=\w)|(?<=\w)_(?!\w)|&nbsp;")
 
 
 def paragraphs(text: str) -> list[str]:
@@ -50,8 +52,9 @@ def clean(files: Sequence[Path]) -> Iterator[str]:
 
 
 def clean_whole(files: Sequence[Path]) -> Iterator[str]:
-    """Yields each file with its code, without its header and comments; not those that name a reciprocal licence."""
+    """Yields each file with its code, without header, comments and tables; not those that name a reciprocal licence."""
     for file in files:
         text = read(file)
         if not names_reciprocal_licence(text):
-            yield re.sub(r"\n{3,}", "\n\n", _LINK.sub(r"\1", _COMMENT.sub("", _HEADER.sub("", text)))).strip()
+            text = _TABLE_ROW.sub("", _HTML.sub("", _COMMENT.sub("", _HEADER.sub("", text))))
+            yield re.sub(r"\n\s*\n\s*\n", "\n\n", _LINK.sub(r"\1", text)).strip()

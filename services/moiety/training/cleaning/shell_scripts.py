@@ -9,6 +9,7 @@ from pathlib import Path
 from moiety.training.cleaning.documents import names_reciprocal_licence, read
 
 _LICENCE = re.compile(r"copyright|licen[sc]e", re.I)
+_OTHER_PROGRAM = re.compile(r"#!(?!.*\b(sh|ash|bash|dash|ksh|zsh|bats)\b)")
 _SMALLEST, _LARGEST = 80, 400_000  # characters
 
 
@@ -25,8 +26,9 @@ def without_licence(text: str) -> str:
 
 
 def clean(files: Sequence[Path]) -> Iterator[str]:
-    """Yields the scripts that are text and name no reciprocal licence."""
+    """Yields the scripts that are text for a shell and name no reciprocal licence."""
     for file in files:
         text = read(file)
-        if _SMALLEST < len(text) < _LARGEST and not {"\0", "\ufffd"} & set(text) and not names_reciprocal_licence(text):
+        is_script = not {"\0", "\ufffd"} & set(text) and not _OTHER_PROGRAM.match(text)
+        if is_script and _SMALLEST < len(text) < _LARGEST and not names_reciprocal_licence(text):
             yield re.sub(r"\n{3,}", "\n\n", without_licence(text))

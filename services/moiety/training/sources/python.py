@@ -20,7 +20,7 @@ STANDARD_LIBRARY = Source(
     attribution="Python's standard library. Copyright Python Software Foundation.",
     files=("*/Lib/**/*.py",),
     clean=python_code.clean,
-    most=5_000_000,
+    most=4_000_000,
 )
 
 
@@ -48,7 +48,7 @@ PYTHON = (
         "91ceed4e3a6db5aedced65e3c8f963118ea9ba753fc620831c77074e620e7d83",
         "BSD-3-Clause",
         "Django Software Foundation and individual contributors",
-        2_500_000,
+        2_000_000,
     ),
     _wheel(
         "networkx",
@@ -56,7 +56,7 @@ PYTHON = (
         "df5d4365b724cf81b8c6a7312509d0c22386097011ad1abe274afd5e9d3bbc5f",
         "BSD-3-Clause",
         "NetworkX Developers",
-        1_500_000,
+        1_200_000,
     ),
     _wheel(
         "SQLAlchemy",
@@ -64,7 +64,7 @@ PYTHON = (
         "32587e2e1e359276957e6fe5dad089758bc042a971a8a09ae8ecf7a8fe23d07a",
         "MIT",
         "SQLAlchemy authors and contributors",
-        1_500_000,
+        1_300_000,
     ),
     _wheel(
         "Twisted",
@@ -72,7 +72,7 @@ PYTHON = (
         "fe403076c71f04d5d2d789a755b687c5637ec3bcd3b2b8252d76f2ba65f54261",
         "MIT",
         "Twisted Matrix Laboratories and contributors",
-        1_000_000,
+        800_000,
     ),
     _wheel(
         "pydantic",
@@ -80,7 +80,7 @@ PYTHON = (
         "a082753436a07f9ba1289c6ffa01cd93db3548776088aa917cc43b63f68fa60f",
         "MIT",
         "Pydantic Services Inc. and individual contributors",
-        800_000,
+        600_000,
     ),
     _wheel(
         "pytest",
@@ -88,6 +88,7 @@ PYTHON = (
         "c69214aa47deac29fad6c2a4f590b9c4a9fdb16a403176fe154b79c0b4d4d820",
         "MIT",
         "Holger Krekel and others",
+        800_000,
     ),
     _wheel("rich", "14.0.0", "1c9491e1951aac09caffd42f448ee3d04e58923ffe14993f6e83068dc395d7e0", "MIT", "Will McGugan"),
     _wheel(

@@ -18,8 +18,8 @@ REINA_VALERA = Source(
     ),
     licence="public domain",
     stated="debian/copyright, in the package",
-    attribution="Reina-Valera 1909, in the edition of eBible.org.",
+    attribution="Reina-Valera 1909, in the edition of eBible.org; here with some accents of today.",
     files=("usr/share/sword/modules/**/*.bzz",),
-    clean=bibles.clean,
+    clean=bibles.clean_spanish,
 )
 SPANISH = (REINA_VALERA, apache("spanish"), electron_manual("spanish"), fastapi("spanish"))
