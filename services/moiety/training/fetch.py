@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 
 from moiety.errors import FailedPrecondition
-from moiety.training.cleaning.documents import BETWEEN_DOCUMENTS, at_most, unique, unique_paragraphs
+from moiety.training.cleaning.documents import BETWEEN_DOCUMENTS, at_most, unique, unique_paragraphs, without_addresses
 from moiety.training.cleaning.language import only
 from moiety.training.download import download
 from moiety.training.sources import SOURCES
@@ -79,10 +79,10 @@ def write(source: Source, unpacked: Path, texts: Path) -> int:
 
 
 def _composed(source: Source, documents: Iterable[str]) -> Iterator[str]:
-    """Yields the documents of a source, sifted where it asks for that."""
+    """Yields the documents of a source without addresses of people, sifted where it asks for that."""
     if source.sift:
         documents = unique_paragraphs(only(source.domain, documents))
-    return unique(document for document in documents if document)
+    return unique(without_addresses(document) for document in documents if document)
 
 
 def _matches(folder: Path, patterns: Iterable[str]) -> set[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moiety.training.cleaning import html_pages, language, markdown
-from moiety.training.cleaning.documents import at_most, joined, unique, unique_paragraphs
+from moiety.training.cleaning.documents import at_most, joined, unique, unique_paragraphs, without_addresses
 
 LONG = "This is a paragraph of the manual that is long enough to be kept."
 
@@ -92,3 +92,12 @@ def test_a_limit_takes_documents_from_all_parts_in_their_order() -> None:
     assert chosen == sorted(at_most(documents[::-1], 2_000))
     assert chosen != documents[:20]
     assert at_most(documents, None) == documents
+
+
+def test_addresses_of_people_are_replaced() -> None:
+    """Addresses of e-mail become one that is nobody's; decorators, units of systemd and names of protocols stay."""
+    kept = "@pytest.fixture git@github.com:a/b getty@tty1.service ssh-rsa-cert-v01@openssh.com a@example.com"
+    assert (
+        without_addresses(f"A. Person <a.person@mail.example-host.org>, {kept}")
+        == f"A. Person <someone@example.org>, {kept}"
+    )

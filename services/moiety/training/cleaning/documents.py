@@ -13,6 +13,16 @@ BETWEEN_PARAGRAPHS, BETWEEN_DOCUMENTS = "\n\n", "\n\n\n"
 _RECIPROCAL = re.compile(
     r"GNU (Lesser |Library |Affero )?General Public|\b[AL]?GPL(v?[23])?\b|CC.BY.SA|Share-?Alike", re.I
 )
+# Of people, mostly: names of protocols at openssh.com, and of examples, stay.
+_ADDRESS = re.compile(
+    r"(?<![\w.+-])(?!git@)[\w.+-]+@(?!example\.|openssh\.|libssh\.)[\w-]+(?:\.[\w-]+)*"
+    r"\.(?:com|org|net|edu|gov|info|io|dev|me|[a-z][a-z])\b(?!\.\w)"
+)
+
+
+def without_addresses(text: str) -> str:
+    """Returns `text` with someone@example.org in place of addresses of e-mail."""
+    return _ADDRESS.sub("someone@example.org", text)
 
 
 def squeeze(text: str) -> str:
