@@ -30,6 +30,13 @@ def test_a_page_says_its_encoding(tmp_path: Path) -> None:
     assert list(html_pages.clean([old, new])) == [text, text]
 
 
+def test_pages_in_script_elements(tmp_path: Path) -> None:
+    """Templates are read as if they stood in the page."""
+    file = tmp_path / "a.html"
+    file.write_text(f'<!-- notice --><script type="text/html" data-help-name="x"><p>{LONG}</p></script>')
+    assert list(html_pages.clean_templates([file])) == [LONG]
+
+
 def test_markdown_gives_prose() -> None:
     """Marks, code, images, tables and targets of links are left out."""
     text = f"""---

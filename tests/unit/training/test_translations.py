@@ -1,4 +1,4 @@
-"""Translated messages of programs, in the three kinds of files that hold them."""
+"""Translated messages of programs, in the kinds of files that hold them."""
 
 from __future__ import annotations
 
@@ -38,6 +38,15 @@ def test_json_messages(tmp_path: Path) -> None:
     assert list(translations.clean([first, second])) == [ONE, TWO]
 
 
+def test_an_array_in_javascript(tmp_path: Path) -> None:
+    """Its strings are messages, with their escapes."""
+    file = tmp_path / "a.json.js"
+    file.write_text(
+        f'var content = [\n\tundefined,\n\t"{ONE}",\n\t"\\u0044er Satz beginnt mit einem Zeichen in Hexadezimal."\n];'
+    )
+    assert list(translations.clean([file])) == [f"{ONE}\n\nDer Satz beginnt mit einem Zeichen in Hexadezimal."]
+
+
 def test_po_messages(tmp_path: Path) -> None:
     """Continued strings are one message; fuzzy and obsolete ones are left out."""
     file = tmp_path / "a.po"
@@ -64,5 +73,5 @@ def test_mo_messages(tmp_path: Path) -> None:
 
 def test_other_files(tmp_path: Path) -> None:
     """A file of another kind gives an error that lists the known ones."""
-    with pytest.raises(ValueError, match=r"a\.ts: \.ts .*\.json, \.po and \.mo"):
+    with pytest.raises(ValueError, match=r"a\.ts: \.ts .*\.json, \.js, \.po and \.mo"):
         list(translations.messages(tmp_path / "a.ts"))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
-from moiety.training.cleaning.documents import SHORTEST, joined, squeeze
+from moiety.training.cleaning.documents import SHORTEST, joined, read, squeeze
 
 _BLOCK_TAGS = """
     address article aside blockquote body br caption dd div dl dt fieldset figure footer form h1 h2 h3 h4 h5 h6 header hr
@@ -89,4 +89,11 @@ def clean(files: Sequence[Path]) -> Iterator[str]:
         raw = file.read_bytes()
         page = raw.decode("cp1252" if _CHARSET.search(raw[:1500]) else "utf-8", "replace")
         if found := paragraphs(page):
+            yield joined(found)
+
+
+def clean_templates(files: Sequence[Path]) -> Iterator[str]:
+    """Yields the prose of files whose pages stand in script elements, as templates of a program."""
+    for file in files:
+        if found := paragraphs(re.sub(r"</?script\b[^>]*>", "", read(file))):
             yield joined(found)

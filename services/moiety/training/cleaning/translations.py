@@ -22,7 +22,7 @@ _NO_PROSE = re.compile(r"https?:|[{}<>|]|%\d?\$?[sdi]|%\(|\[%|==|\$\(|&&|\b_\w+_
 _LETTERS = 0.88  # share of letters and spaces
 _FEWEST_SPACES = 6
 _PO_ENTRY = re.compile(r'^msgstr(?:\[\d+\])?\s+((?:"(?:[^"\\]|\\.)*"\s*)+)', re.M)
-_PO_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _MO_MAGIC = 0x950412DE
 
 
@@ -53,7 +53,7 @@ def _po_messages(text: str) -> Iterator[str]:
     for entry in re.split(r"\n\s*\n", text):
         if not re.search(r"^#(~|,.*fuzzy)", entry, re.M) and not re.search(r'^msgid ""\n(?!")', entry, re.M):
             for match in _PO_ENTRY.finditer(entry):
-                yield "".join(ast.literal_eval(part) for part in _PO_STRING.findall(match[1]))
+                yield "".join(ast.literal_eval(part) for part in _STRING.findall(match[1]))
 
 
 def _mo_messages(content: bytes) -> Iterator[str]:
@@ -72,16 +72,18 @@ def _mo_messages(content: bytes) -> Iterator[str]:
 
 
 def messages(file: Path) -> Iterator[str]:
-    """Yields the messages of a file: JSON, gettext's source (.po) or compiled (.mo). Raises ValueError for other files."""
+    """Yields the messages of a file: JSON, an array in JavaScript, gettext (.po, .mo). Raises ValueError for other files."""
     match file.suffix:
         case ".json":
             yield from _strings(json.loads(read(file)))
+        case ".js":  # an array of strings, one a line
+            yield from (json.loads(part) for part in _STRING.findall(read(file)))
         case ".po":
             yield from _po_messages(read(file))
         case ".mo":
             yield from _mo_messages(file.read_bytes())
         case other:
-            raise ValueError(f"{file.name}: {other} is no kind of translations; .json, .po and .mo are")
+            raise ValueError(f"{file.name}: {other} is no kind of translations; .json, .js, .po and .mo are")
 
 
 def clean(files: Sequence[Path]) -> Iterator[str]:
