@@ -15,6 +15,7 @@ from moiety.errors import Unavailable
 from moiety.training.sources.source import Archive
 
 _APT_HELPER = "/usr/lib/apt/apt-helper"  # apt's own downloader, in every Debian
+_SAID = 500  # characters of what a client said, for an error
 _TARGETS = "$(ORIGIN)|$(REPO_URI)|$(RELEASE)|$(COMPONENT)"
 _REMEDY = (
     "Debian keeps the newest version of a package only. Get this file from snapshot.debian.org, put it into the folder"
@@ -44,9 +45,8 @@ def _run(archive: Archive, *command: str, folder: Path) -> str:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         remedy = f". {_REMEDY}" if archive.registry.startswith("debian") else ""
-        raise Unavailable(
-            f"{archive.title} cannot be fetched: {' '.join(command[:3])} said: {done.stderr.strip()}{remedy}"
-        )
+        said = " ".join(done.stderr.split())[-_SAID:]
+        raise Unavailable(f"{archive.title} cannot be fetched: {' '.join(command[:3])} said: {said}{remedy}")
     return done.stdout
 
 
@@ -55,14 +55,9 @@ def _pypi(archive: Archive, folder: Path) -> None:
         _pypi_source(archive, folder)
         return
     wanted = f"{archive.package}=={archive.version}"
-    options = [
-        "--quiet",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--platform=any",
-        "--dest=.",
-    ]  # wheels without compiled code
-    _run(archive, sys.executable, "-m", "pip", "download", *options, wanted, folder=folder)
+    # A wheel without compiled code. It is read, not installed: which Python it is for does not matter, but pip asks.
+    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--platform=any", f"--python-version={archive.python}"]
+    _run(archive, sys.executable, "-m", "pip", "download", *options, "--dest=.", wanted, folder=folder)
 
 
 def _pypi_source(archive: Archive, folder: Path) -> None:

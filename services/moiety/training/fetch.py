@@ -29,12 +29,13 @@ def fetch(
     archives = folder / "archives"
     archives.mkdir(parents=True, exist_ok=True)
     sizes: dict[str, int] = {}
+    seen: dict[str, set[str]] = {source.domain: set() for source in sources}  # paragraphs
     for archive, of_archive in groupby(sorted(sources, key=lambda s: s.archive.file), key=lambda s: s.archive):
         file = present(archive, archives, say, download)
         with tempfile.TemporaryDirectory(dir=folder) as unpacked:
             unpack(file, Path(unpacked))
             for source in of_archive:
-                size = write(source, Path(unpacked), folder / "texts")
+                size = write(source, Path(unpacked), folder / "texts", seen[source.domain])
                 sizes[source.domain] = sizes.get(source.domain, 0) + size
                 say(f"{source.domain:8} {source.name:24} {size / 1e6:7.2f} MB from {archive.title}")
     texts = {(source.domain, source.name) for source in sources}
@@ -61,13 +62,16 @@ def present(archive: Archive, archives: Path, say: Callable[[str], None], downlo
     return file
 
 
-def write(source: Source, unpacked: Path, texts: Path) -> int:
-    """Writes the text of a source; returns its size in bytes. Raises FailedPrecondition if the archive lacks its files."""
+def write(source: Source, unpacked: Path, texts: Path, seen: set[str]) -> int:
+    """Writes the text of a source; returns its size in bytes. Raises FailedPrecondition if the archive lacks its files.
+
+    `seen`: the paragraphs of earlier sources of its domain, which are not repeated where the source asks for that.
+    """
     left_out = _matches(unpacked, source.without)
     files = sorted(
         file for file in _matches(unpacked, source.files) - left_out if file.is_file() and not file.is_symlink()
     )
-    documents = list(_composed(source, source.clean(files)))
+    documents = list(_composed(source, source.clean(files), seen))
     if not documents:
         raise FailedPrecondition(
             f"{source.archive.title} has no text for {source.name}: {len(files)} files match {source.files}"
@@ -78,10 +82,10 @@ def write(source: Source, unpacked: Path, texts: Path) -> int:
     return target.write_bytes(text.encode())
 
 
-def _composed(source: Source, documents: Iterable[str]) -> Iterator[str]:
+def _composed(source: Source, documents: Iterable[str], seen: set[str]) -> Iterator[str]:
     """Yields the documents of a source without addresses of people, sifted where it asks for that."""
     if source.sift:
-        documents = unique_paragraphs(only(source.domain, documents))
+        documents = unique_paragraphs(only(source.domain, documents), seen)
     return unique(without_addresses(document) for document in documents if document)
 
 

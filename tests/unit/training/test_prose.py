@@ -50,12 +50,12 @@ title: x
 ```python
 print("This line of code is long enough to be a paragraph.")
 ```
-* [{LONG}](https://example.org/a_b) It is **really** *so*. ![an image](x.png)
+* [{LONG}](https://example.org/a_b) It is **really** *so* _**or**_ so. ![an image](x.png)
 * short
 
 | a table with a row | that is long enough to be one |
 """
-    assert markdown.paragraphs(text) == ["The heading", LONG, f"{LONG} It is really so."]
+    assert markdown.paragraphs(text) == ["The heading", LONG, f"{LONG} It is really so or so."]
 
 
 def test_a_whole_markdown_file_keeps_its_code(tmp_path: Path) -> None:
@@ -81,13 +81,14 @@ def test_only_one_language_stays() -> None:
 
 
 def test_repeated_texts() -> None:
-    """A repeated document or long paragraph is left out, and so is a heading with nothing below it."""
+    """A repeated document or long paragraph is left out, even of another source; so is a heading with nothing below it."""
     other = LONG.replace("manual", "book")
     assert list(unique(["a  b", "a b", "c"])) == ["a  b", "c"]
-    assert list(unique_paragraphs([joined(["Top", LONG]), joined(["Top", other, "Next", LONG])])) == [
+    assert list(unique_paragraphs([joined(["Top", LONG]), joined(["Top", other, "Next", LONG])], set())) == [
         joined(["Top", LONG]),
         joined(["Top", other]),
     ]
+    assert list(unique_paragraphs([LONG], {LONG})) == []
 
 
 def test_a_limit_takes_documents_from_all_parts_in_their_order() -> None:

@@ -55,9 +55,8 @@ def unique(documents: Iterable[str]) -> Iterator[str]:
             yield document
 
 
-def unique_paragraphs(documents: Iterable[str]) -> Iterator[str]:
-    """Yields documents without the paragraphs that came before, in the same document or in another; headings may repeat."""
-    seen: set[str] = set()
+def unique_paragraphs(documents: Iterable[str], seen: set[str]) -> Iterator[str]:
+    """Yields documents without the paragraphs that are in `seen`, to which it adds theirs; headings may repeat."""
     for document in documents:
         kept = []
         for paragraph in document.split(BETWEEN_PARAGRAPHS):

@@ -10,7 +10,7 @@ from moiety.training.cleaning.documents import SHORTEST, joined, names_reciproca
 
 _HEADER = re.compile(r"\A---\n.*?\n---\n", re.S)
 _COMMENT = re.compile(r"<!--.*?-->", re.S)
-_FENCED = re.compile(r"^ *(```+|~~~+).*?^ *\1", re.S | re.M)
+_FENCED = re.compile(r"^ *(```+|~~~+)[^`\n]*\n.*?^ *\1", re.S | re.M)
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
 _HTML = re.compile(r"</?(?:a|b|br|code|div|em|h\d|i|img|li|ol|p|span|strong|t(?:able|body|d|h|head|r)|ul)\b[^<>]*>")
 _TABLE_ROW = re.compile(r"^\s*\|.*\n", re.M)
@@ -35,7 +35,7 @@ def paragraphs(text: str) -> list[str]:
     found: list[str] = []
     heading = ""
     for block in map(str.strip, _BLOCK.split(text)):
-        plain = squeeze(_MARKS.sub("", _ATTRIBUTES.sub("", _MARKER.sub("", block))))
+        plain = squeeze(_MARKS.sub("", _MARKS.sub("", _ATTRIBUTES.sub("", _MARKER.sub("", block)))))  # _**both**_
         if block.startswith("#"):
             heading = plain
         elif len(plain) >= SHORTEST and "|" not in plain and "{!" not in plain:

@@ -13,7 +13,7 @@ Cleaner = Callable[[Sequence[Path]], Iterator[str]]
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """A file of a package registry. `sha256` is in hexadecimal.
+    """A file of a package registry. `sha256` is in hexadecimal; `python` is a version that a wheel can be installed on.
 
     Of a Debian source package, `version` is the upstream one: its archive stays when Debian adds a correction of its own.
     """
@@ -23,6 +23,7 @@ class Archive:
     version: str
     file: str
     sha256: str
+    python: str = "3.11"
 
     @property
     def title(self) -> str:
