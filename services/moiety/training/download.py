@@ -41,7 +41,10 @@ def download(archive: Archive, folder: Path) -> Path:
 def _run(archive: Archive, *command: str, folder: Path) -> str:
     """Runs a client in `folder` and returns what it printed."""
     if shutil.which(command[0]) is None:
-        raise Unavailable(f"{archive.title}: needs the program {command[0]}, which is not installed")
+        raise Unavailable(
+            f"{archive.title}: needs the program {command[0]}, which is not installed, or the file {archive.file} in the"
+            " folder archives"
+        )
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         remedy = f". {_REMEDY}" if archive.registry.startswith("debian") else ""
@@ -69,11 +72,11 @@ def _pypi_source(archive: Archive, folder: Path) -> None:
     command = create_command("download")
     options, _ = command.parse_args([f"--no-binary={archive.package}"])
     with command.main_context():
-        session = command.get_default_session(options)
-        finder = command._build_package_finder(options, session)  # noqa: SLF001 (pip has no public name for it)
+        http = command.get_default_session(options)
+        finder = command._build_package_finder(options, http)  # noqa: SLF001 (pip has no public name for it)
         for candidate in finder.find_all_candidates(archive.package):
             if candidate.link.filename == archive.file:
-                answer = session.get(candidate.link.url_without_fragment, headers={"Accept-Encoding": "identity"})
+                answer = http.get(candidate.link.url_without_fragment, headers={"Accept-Encoding": "identity"})
                 answer.raise_for_status()
                 (folder / archive.file).write_bytes(answer.content)
                 return
