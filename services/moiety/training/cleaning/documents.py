@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 SHORTEST = 40  # characters of a paragraph of a manual; what is shorter is mostly a label
-BETWEEN_PARAGRAPHS, BETWEEN_DOCUMENTS = "\n\n", "\n\n\n"
+BETWEEN_PARAGRAPHS, BETWEEN_DOCUMENTS = "\n\n", "\f"  # a form feed: code has empty lines of its own
 # Files of a permissive package that name another licence may be under it.
 _RECIPROCAL = re.compile(
     r"GNU (Lesser |Library |Affero )?General Public|\b[AL]?GPL(v?[23])?\b|CC.BY.SA|Share-?Alike", re.I
@@ -37,7 +37,8 @@ def joined(paragraphs: Iterable[str]) -> str:
 
 def read(file: Path) -> str:
     """Returns the text of a file with plain line ends. Bytes that are not UTF-8 become U+FFFD."""
-    return file.read_bytes().decode("utf-8", "replace").removeprefix("\ufeff").replace("\r\n", "\n")
+    text = file.read_bytes().decode("utf-8", "replace").removeprefix("\ufeff")
+    return text.replace("\r\n", "\n").replace(BETWEEN_DOCUMENTS, "")
 
 
 def names_reciprocal_licence(text: str) -> bool:
