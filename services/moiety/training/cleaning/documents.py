@@ -46,6 +46,17 @@ def names_reciprocal_licence(text: str) -> bool:
     return _RECIPROCAL.search(text) is not None
 
 
+def without_licence(text: str, about: re.Pattern[str], first: int = 0) -> str:
+    """Returns code without the comments from line `first` on, if they are `about` its licence."""
+    lines = text.split("\n")
+    end = first
+    while end < len(lines) and (lines[end].startswith("#") or not lines[end].strip()):
+        end += 1
+    if about.search("\n".join(lines[first:end])):
+        lines[first:end] = []
+    return "\n".join(line.rstrip() for line in lines).strip()
+
+
 def unique(documents: Iterable[str]) -> Iterator[str]:
     """Yields documents, without those that came before with other white space."""
     seen: set[bytes] = set()

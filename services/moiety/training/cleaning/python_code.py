@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from moiety.training.cleaning import documents
 from moiety.training.cleaning.documents import names_reciprocal_licence, read
 
 _LEFT_OUT = re.compile(
@@ -23,13 +24,7 @@ _DIGITS, _FOREIGN = 0.12, 0.02  # shares of characters
 
 def without_licence(text: str) -> str:
     """Returns a module without the comments at its top, if they are about its licence."""
-    lines = text.split("\n")
-    top = 0
-    while top < len(lines) and (lines[top].startswith("#") or not lines[top].strip()):
-        top += 1
-    if _LICENCE.search(" ".join(lines[:top])):
-        lines = lines[top:]
-    return "\n".join(line.rstrip() for line in lines).strip()
+    return documents.without_licence(text, _LICENCE)
 
 
 def is_readable(text: str) -> bool:

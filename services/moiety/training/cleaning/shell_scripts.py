@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from moiety.training.cleaning import documents
 from moiety.training.cleaning.documents import names_reciprocal_licence, read
 
 _LICENCE = re.compile(r"copyright|licen[sc]e", re.I)
@@ -15,14 +16,7 @@ _SMALLEST, _LARGEST = 80, 400_000  # characters
 
 def without_licence(text: str) -> str:
     """Returns a script without the comments after its first line, if they are about its licence."""
-    lines = text.split("\n")
-    first = int(lines[0].startswith("#!"))
-    end = first
-    while end < len(lines) and (lines[end].startswith("#") or not lines[end].strip()):
-        end += 1
-    if _LICENCE.search("\n".join(lines[first:end])):
-        lines[first:end] = []
-    return "\n".join(line.rstrip() for line in lines).strip()
+    return documents.without_licence(text, _LICENCE, first=int(text.startswith("#!")))
 
 
 def clean(files: Sequence[Path]) -> Iterator[str]:
