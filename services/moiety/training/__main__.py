@@ -16,7 +16,7 @@ from moiety.training.publish import publish
 from moiety.training.tokenizer import train_tokenizer
 from moiety.training.train import Plan, train, trained
 
-MAIN = Plan(noise=1.0)
+MAIN = Plan()
 TWIN = replace(MAIN, sizes=replace(MAIN.sizes, experts=0))
 folder_argument = click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 

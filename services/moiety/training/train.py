@@ -40,7 +40,7 @@ class Plan:
     clip: float = 1.0  # the gradient's norm
     balance: float = 0.01  # weight of the load-balancing loss
     z_loss: float = 0.001  # weight of the router z-loss
-    noise: float = 0.0  # standard deviation of the routers' noise at the start; it falls to 0 by `noise_until`
+    noise: float = 1.0  # standard deviation of the routers' noise at the start; it falls to 0 by `noise_until`
     noise_until: float = 0.5  # share of the steps
     capacity: float | None = None  # factor of the even share; None = no choice is dropped
 
