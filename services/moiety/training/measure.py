@@ -41,7 +41,7 @@ class Measured:
         return np.asarray(shares * self.counts.shape[1])
 
     def information(self) -> npt.NDArray[np.float64]:
-        """Returns float64[layers]: bits that a choice of an expert tells about the domain; at most log2 of their number."""
+        """Returns float64[layers]: mutual information of expert and domain, in bits; at most log2 of the domains."""
         joint = self.counts / self.counts.sum(axis=1, keepdims=True) / self.counts.shape[2]  # domains counted alike
         expert, domain = joint.sum(axis=2, keepdims=True), joint.sum(axis=1, keepdims=True)
         independent = expert * domain
@@ -61,9 +61,7 @@ def measure(model: Qwen3MoeForCausalLM, corpus: Corpus, length: int, rows: int =
         for ids in corpus.held_out(domain, rows, length).split(BATCH):
             logits = model(input_ids=ids[:, :-1]).logits
             total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
-            counts.append(
-                np.array([_counts(one.chosen, one.logits.shape[1]) for one in routings(model)], dtype=np.int64)
-            )
+            counts.append(np.array([one.counts().numpy() for one in routings(model)], dtype=np.int64))
         losses[domain] = total / (rows * length)
         by_domain.append(np.sum(counts, axis=0))
     return Measured(losses, np.stack(by_domain, axis=-1))
@@ -91,7 +89,7 @@ def _perplexities(found: Measured, dense: Measured) -> str:
 
 
 def _experts(found: Measured) -> str:
-    """Returns a table of each layer's most special expert, and what a choice tells about the domain."""
+    """Returns a table of each layer's most special expert, and its mutual information with the domain."""
     lines = [
         "| layer | expert | domain | its share, in even shares | bits about the domain |",
         "|---|---:|---|---:|---:|",
@@ -101,7 +99,3 @@ def _experts(found: Measured) -> str:
         expert, domain = np.unravel_index(share.argmax(), share.shape)
         lines.append(f"| {layer} | {expert} | {DOMAINS[domain]} | {share.max():.1f} | {bits:.2f} |")
     return "\n".join(lines) + "\n"
-
-
-def _counts(chosen: torch.Tensor, experts: int) -> npt.NDArray[np.int64]:
-    return torch.bincount(chosen.flatten(), minlength=experts).numpy()

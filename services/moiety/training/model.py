@@ -54,14 +54,3 @@ def build(sizes: Sizes, seed: int, capacity_factor: float | None) -> Qwen3MoeFor
     if sizes.experts:
         prepare(model, capacity_factor)
     return model
-
-
-def parameters(sizes: Sizes) -> tuple[int, int]:
-    """Returns how many parameters a model has, and how many of them work on each token, embedding included."""
-    attention = sizes.hidden * sizes.head_dim * 2 * (sizes.heads + sizes.kv_heads) + 2 * sizes.head_dim
-    expert = 3 * sizes.hidden * sizes.expert_width
-    router = sizes.hidden * sizes.experts
-    layer = attention + router + 2 * sizes.hidden
-    shared = sizes.vocabulary * sizes.hidden + sizes.hidden
-    active = shared + sizes.layers * (layer + sizes.top_k * expert)
-    return shared + sizes.layers * (layer + max(sizes.experts, sizes.top_k) * expert), active

@@ -27,10 +27,13 @@ class Routing:
     logits: Tensor
     chosen: Tensor
 
+    def counts(self) -> Tensor:
+        """Returns int64[experts], how many choices fell on each expert."""
+        return torch.bincount(self.chosen.flatten(), minlength=self.logits.shape[1])
+
     def use(self) -> Tensor:
         """Returns float32[experts], the share of all choices that fell on each expert; they add up to 1."""
-        counts = torch.bincount(self.chosen.flatten(), minlength=self.logits.shape[1])
-        return counts / self.chosen.numel()
+        return self.counts() / self.chosen.numel()
 
     def balance_loss(self) -> Tensor:
         """Returns E * sum(use * mean probability): 1 where all experts are used alike, up to E where one takes all.

@@ -88,7 +88,7 @@ def train(plan: Plan, corpus: Corpus, folder: Path, say: Callable[[str], None]) 
 def trained(plan: Plan, folder: Path) -> Qwen3MoeForCausalLM:
     """Returns the model of a run that has ended. Raises FailedPrecondition if it has not."""
     model = build(plan.sizes, plan.seed, plan.capacity)
-    if (step := _load(model, _optimizer(model, plan), folder / STATE)) < plan.steps:
+    if (step := _load(model, None, folder / STATE)) < plan.steps:
         raise FailedPrecondition(f"{folder}: {step} of {plan.steps} steps are done: run the training first")
     return model.eval()
 
@@ -147,19 +147,20 @@ def _save(model: Qwen3MoeForCausalLM, optimizer: torch.optim.Optimizer, step: in
     new.replace(file)
 
 
-def _load(model: Qwen3MoeForCausalLM, optimizer: torch.optim.Optimizer, file: Path) -> int:
-    """Loads a state, where there is one; returns the step that comes next."""
+def _load(model: Qwen3MoeForCausalLM, optimizer: torch.optim.Optimizer | None, file: Path) -> int:
+    """Loads a state, where there is one; returns the step that comes next. Without `optimizer`: the parameters only."""
     if not file.is_file():
         return 0
     with safe_open(file, framework="pt") as stored:
         step = int(stored.metadata()["step"])
         for name, value in model.named_parameters():
             value.data.copy_(stored.get_tensor(f"model.{name}"))
-            optimizer.state[value] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": stored.get_tensor(f"exp_avg.{name}"),
-                "exp_avg_sq": stored.get_tensor(f"exp_avg_sq.{name}"),
-            }
+            if optimizer is not None:
+                optimizer.state[value] = {
+                    "step": torch.tensor(float(step)),
+                    "exp_avg": stored.get_tensor(f"exp_avg.{name}"),
+                    "exp_avg_sq": stored.get_tensor(f"exp_avg_sq.{name}"),
+                }
     return step
 
 
