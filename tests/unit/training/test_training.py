@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from moiety.errors import FailedPrecondition
 from moiety.training import train as training
+from moiety.training.ablation import RUNS
 from moiety.training.corpus import DOMAINS, Corpus, documents, held_out, pieces
 from moiety.training.measure import compare
 from moiety.training.publish import publish
@@ -110,3 +111,8 @@ def test_batches_depend_on_seed_and_step_only(work: Path) -> None:
     tokenizer = Tokenizer.from_file(str(work / "tokenizer" / "tokenizer.json"))
     for row, domain in zip(ids.tolist(), domains.tolist(), strict=True):
         assert DOMAINS[domain][:4] in tokenizer.decode(row)
+
+
+def test_each_ablation_trains_another_model() -> None:
+    """No two runs have the same plan: each leaves out, or adds, a piece that the others have."""
+    assert len({plan for _, plan in RUNS.values()}) == len(RUNS)
